@@ -1,0 +1,20 @@
+"""Array aliases and the axis letters used in every docstring and einsum string.
+
+    B batch            M model (residual) width     L layers
+    T query positions  F MLP hidden width           V vocabulary
+    S key positions    D head dim                   E experts
+    H query heads      K key/value heads            G query heads per kv head (H = K * G)
+
+Query head ``h`` reads key/value head ``h // G``. Layout is batch, position, head, head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+Array: TypeAlias = jax.Array
+ArrayLike: TypeAlias = jax.Array | np.ndarray | float | int | bool
+PyTree: TypeAlias = Any
