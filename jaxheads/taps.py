@@ -330,10 +330,18 @@ class TappedForward:
         return self.forward(model, tokens, taps=self.taps + taps, **kwargs)
 
 
+def as_tapped(forward: Callable[..., Any]) -> TappedForward:
+    """`forward` as a pytree, so that a jitted function can take it as an argument.
+
+    The function itself is static; payloads are traced. A plain closure over arrays is compiled
+    anew for each closure: write interventions with `intervene`.
+    """
+    return forward if isinstance(forward, TappedForward) else TappedForward(forward)
+
+
 def _wrap(forward: Callable[..., Any], taps: Taps) -> TappedForward:
-    if isinstance(forward, TappedForward):
-        return TappedForward(forward.forward, forward.taps + taps)
-    return TappedForward(forward, taps)
+    inner = as_tapped(forward)
+    return TappedForward(inner.forward, inner.taps + taps)
 
 
 def intervene(forward: Callable[..., Any], *edits: Edit) -> TappedForward:
