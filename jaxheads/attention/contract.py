@@ -1,0 +1,136 @@
+"""What an attention variant is given, what it returns, and what a row of `VARIANTS` holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxheads.attention.masks import Mask
+from jaxheads.taps import NO_TAP, Tap
+from jaxheads.typing import Array, PyTree
+
+Rotate = Callable[[Array, Array], Array]
+
+
+def _static(default):
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionContext:
+    """Everything a variant may use besides q, k and v.
+
+    Attributes:
+      mask: which keys each query sees.
+      q_positions: [T] or [B,T] positions for the rotation; not needed when `rotate` is None.
+      k_positions: [S] or [B,S].
+      bias: broadcastable to [B,H,T,S], added to the scaled and capped scores.
+      sinks: [H] logits that join each softmax denominator.
+      alibi_slopes: [H] penalty per slot of distance.
+      x: [B,T,M] the normed input of the layer, for routers and pooled agents.
+      layer: int32 scalar, the index of the layer.
+      tap: applies edits and records; static, and alive only in the function body that made it.
+      rotate: (x [B,T,H,D], positions) -> same shape; None when the model has no rotation.
+      k_is_rotated: the keys come rotated, from a cache that holds them so.
+      scale: factor on q.k; None = 1/sqrt(D).
+      soft_cap: scores become cap * tanh(scores / cap).
+      implementation: a name of `IMPLEMENTATIONS`, or "auto".
+    """
+
+    mask: Mask
+    q_positions: Array | None = None
+    k_positions: Array | None = None
+    bias: Array | None = None
+    sinks: Array | None = None
+    alibi_slopes: Array | None = None
+    x: Array | None = None
+    layer: Array | None = None
+    tap: Tap = _static(NO_TAP)
+    rotate: Rotate | None = _static(None)
+    k_is_rotated: bool = _static(False)
+    scale: float | None = _static(None)
+    soft_cap: float | None = _static(None)
+    implementation: str = _static("auto")
+
+
+class HeadsOut(NamedTuple):
+    """What a variant returns."""
+
+    z: Array
+    """[B,T,H,D], the dtype of q: one output per query head, before the output projection."""
+    lse: Array | None
+    """[B,H,T] float32: log of the softmax denominator; None where the kernel keeps it."""
+    aux: dict[str, Array]
+    """Scalars to add to the loss or the metrics."""
+
+
+class Cost(NamedTuple):
+    """What one layer's attention takes for one sequence."""
+
+    flops: float
+    """Forward floating-point operations; a backward pass takes 2.5 times as many."""
+    bytes: float
+    """Least traffic to memory: read q, k, v once, write z once."""
+    kv_cache_bytes: float
+    """Cache that S tokens leave behind."""
+
+
+class Supports(NamedTuple):
+    """What a variant can do; callers check before they build on it."""
+
+    causal: bool
+    bidirectional: bool
+    gqa: bool
+    cached_decode: bool
+    caches_rotated_keys: bool
+    """The decoder rotates keys before it writes its cache and sets `k_is_rotated`."""
+    segment_ids: bool
+    head_mask: bool
+    taps: frozenset[str]
+    implementations: tuple[str, ...]
+    mesh_axes: frozenset[str]
+
+
+class Variant(NamedTuple):
+    """A row of `VARIANTS`: one way for heads to attend."""
+
+    name: str
+    init: Callable[[Array, Any], PyTree]
+    """(key, cfg) -> parameters, or None for a variant without any."""
+    apply: Callable[[PyTree, Array, Array, Array, AttentionContext], HeadsOut]
+    """(params, q [B,T,H,D], k [B,S,K,D], v [B,S,K,D], ctx) -> HeadsOut; q and k unrotated."""
+    cost: Callable[..., Cost]
+    """(cfg, T, S, *, is_causal, itemsize) -> Cost."""
+    supports: Supports
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """One call of attention as every implementation sees it: checked, rotated, defaults filled."""
+
+    q: Array
+    k: Array
+    v: Array
+    mask: Mask
+    bias: Array | None
+    scale: float
+    soft_cap: float | None
+    sinks: Array | None
+    alibi_slopes: Array | None
+    tap: Tap
+    needs_lse: bool
+    platform: str
+
+    @property
+    def num_queries(self) -> int:
+        """T."""
+        return self.q.shape[1]
+
+    @property
+    def num_keys(self) -> int:
+        """S."""
+        return self.k.shape[1]
