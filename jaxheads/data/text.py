@@ -34,9 +34,10 @@ import numpy as np
 STDLIB = "stdlib"
 SPLITS = ("train", "validation", "all")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
-TEXT_SUFFIXES = tuple(
-    ".c .cc .cpp .css .csv .go .h .hpp .html .java .js .md .py .pyi .rs .rst .sh .tex .text .toml "
-    ".ts .tsv .txt .xml .yaml .yml".split()
+TEXT_SUFFIXES = (
+    *(".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv"),
+    *(".py", ".pyi", ".c", ".cc", ".cpp", ".h", ".hpp", ".css", ".go", ".java", ".js", ".rs"),
+    *(".sh", ".toml", ".ts", ".yaml", ".yml"),
 )
 _UNREADABLE = {
     ".json": "write one JSON object per line and name it .jsonl",
@@ -242,9 +243,7 @@ def _walk(root: str, accepts: Callable[[str], bool], skip: set[str]) -> list[str
         subdirectories[:] = sorted(
             d for d in subdirectories if d not in skip and not d.startswith(".")
         )
-        found += [
-            os.path.join(directory, n) for n in names if not n.startswith(".") and accepts(n)
-        ]
+        found += [os.path.join(directory, n) for n in names if not n.startswith(".") and accepts(n)]
     return sorted(found, key=lambda name: Path(name).relative_to(root).parts)
 
 
