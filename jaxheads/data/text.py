@@ -170,8 +170,7 @@ def open_source(
                 for offset, length, text in _scan(file, field, max_document_bytes):
                     if text.strip():
                         index.extend((len(files), offset, length))
-                        data = text.encode("utf-8", errors="surrogatepass")
-                        hashes += hashlib.blake2b(data, digest_size=8).digest()
+                        hashes += hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
             except _UndecodableError:
                 if not skip_undecodable:
                     raise
@@ -303,6 +302,13 @@ def _json_text(line: bytes, where: str, field: str) -> str:
         raise ValueError(
             f"{where}: field {field!r} holds a {type(row[field]).__name__}; it must be a string"
         )
+    try:
+        row[field].encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair: "\\ud83d"
+        raise ValueError(
+            f"{where}: field {field!r} is not Unicode text ({error}); remove the line or write the "
+            "file again with whole characters"
+        ) from error
     return row[field]
 
 

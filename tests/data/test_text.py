@@ -170,6 +170,7 @@ BAD = {
     ),
     "field type": (lambda d: put(d / "a.jsonl", '{"text": 3}'), "line 1: field 'text' holds a int"),
     "JSON": (lambda d: put(d / "a.jsonl", '{"text": "x"}\n\n{"te'), "line 3 is not valid JSON"),
+    "surrogate": (lambda d: put(d / "a.jsonl", '{"text": "\\ud83d"}'), "is not Unicode text"),
     "not an object": (lambda d: put(d / "a.jsonl", "[1]"), "line 1 holds a list"),
     "JSON bytes": (lambda d: put(d / "a.jsonl", b'{"text": "\xff"}'), "line 1 is not UTF-8"),
     "bytes": (
