@@ -255,7 +255,7 @@ def _open_file(name: str, copies: list[str]) -> _File:
     handle, copy = tempfile.mkstemp(prefix="jaxheads-", suffix=suffix)
     copies.append(copy)
     try:
-        with gzip.open(name) as packed, os.fdopen(handle, "wb") as unpacked:
+        with os.fdopen(handle, "wb") as unpacked, gzip.open(name) as packed:
             shutil.copyfileobj(packed, unpacked, 1 << 20)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(
