@@ -64,8 +64,10 @@ def value_and_grads(function, arrays, dz, dlse):
 
     def loss(arrays):
         z, lse = function(arrays)
-        finite = jnp.where(jnp.isneginf(lse), 0.0, lse) if lse is not None else 0.0
-        return (z * dz).sum() + (finite * dlse).sum(), (z, lse)
+        total = (z * dz).sum()
+        if lse is not None:
+            total += (jnp.where(jnp.isneginf(lse), 0.0, lse) * dlse).sum()
+        return total, (z, lse)
 
     (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
     return out, grads

@@ -16,89 +16,93 @@ LONG = tuple(1.0 + 0.5 * i for i in range(HALF))
 
 # our fields, transformers' rope_parameters, length
 SCALINGS = {
-    "linear": (dict(scaling="linear", factor=4.0), dict(rope_type="linear", factor=4.0), None),
+    "linear": ({"scaling": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}, None),
     "linear-partial": (
-        dict(scaling="linear", factor=2.0, fraction=0.25),
-        dict(rope_type="linear", factor=2.0, partial_rotary_factor=0.25),
+        {"scaling": "linear", "factor": 2.0, "fraction": 0.25},
+        {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.25},
         None,
     ),
     "llama3": (
-        dict(scaling="llama3", factor=8.0, original_max_positions=512, theta=500000.0),
-        dict(
-            rope_type="llama3",
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=512,
-            rope_theta=500000.0,
-        ),
+        {"scaling": "llama3", "factor": 8.0, "original_max_positions": 512, "theta": 500000.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 512,
+            "rope_theta": 500000.0,
+        },
         None,
     ),
     "yarn": (
-        dict(scaling="yarn", factor=4.0, original_max_positions=2048),
-        dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=2048),
+        {"scaling": "yarn", "factor": 4.0, "original_max_positions": 2048},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048},
         None,
     ),
     "yarn-untruncated": (
-        dict(
-            scaling="yarn",
-            factor=32.0,
-            original_max_positions=4096,
-            truncate=False,
-            theta=150000.0,
-            beta_fast=16.0,
-            beta_slow=2.0,
-        ),
-        dict(
-            rope_type="yarn",
-            factor=32.0,
-            original_max_position_embeddings=4096,
-            truncate=False,
-            rope_theta=150000.0,
-            beta_fast=16.0,
-            beta_slow=2.0,
-        ),
+        {
+            "scaling": "yarn",
+            "factor": 32.0,
+            "original_max_positions": 4096,
+            "truncate": False,
+            "theta": 150000.0,
+            "beta_fast": 16.0,
+            "beta_slow": 2.0,
+        },
+        {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "truncate": False,
+            "rope_theta": 150000.0,
+            "beta_fast": 16.0,
+            "beta_slow": 2.0,
+        },
         None,
     ),
     "yarn-mscale": (
-        dict(
-            scaling="yarn", factor=40.0, original_max_positions=4096, mscale=1.0, mscale_all_dim=0.7
-        ),
-        dict(
-            rope_type="yarn",
-            factor=40.0,
-            original_max_position_embeddings=4096,
-            mscale=1.0,
-            mscale_all_dim=0.7,
-        ),
+        {
+            "scaling": "yarn",
+            "factor": 40.0,
+            "original_max_positions": 4096,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.7,
+        },
+        {
+            "rope_type": "yarn",
+            "factor": 40.0,
+            "original_max_position_embeddings": 4096,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.7,
+        },
         None,
     ),
     "yarn-attention-factor": (
-        dict(scaling="yarn", factor=4.0, original_max_positions=2048, attention_factor=1.5),
-        dict(
-            rope_type="yarn",
-            factor=4.0,
-            original_max_position_embeddings=2048,
-            attention_factor=1.5,
-        ),
+        {"scaling": "yarn", "factor": 4.0, "original_max_positions": 2048, "attention_factor": 1.5},
+        {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 2048,
+            "attention_factor": 1.5,
+        },
         None,
     ),
     **{
         f"longrope-{length}": (
-            dict(
-                scaling="longrope",
-                factor=32.0,
-                original_max_positions=4096,
-                short_factor=SHORT,
-                long_factor=LONG,
-            ),
-            dict(
-                rope_type="longrope",
-                factor=32.0,
-                original_max_position_embeddings=4096,
-                short_factor=list(SHORT),
-                long_factor=list(LONG),
-            ),
+            {
+                "scaling": "longrope",
+                "factor": 32.0,
+                "original_max_positions": 4096,
+                "short_factor": SHORT,
+                "long_factor": LONG,
+            },
+            {
+                "rope_type": "longrope",
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "short_factor": list(SHORT),
+                "long_factor": list(LONG),
+            },
             length,
         )
         for length in (None, 4096, 4097)
@@ -181,7 +185,7 @@ def test_rotation_keeps_the_dtype_and_works_in_float32():
 
 @pytest.mark.parametrize("num_heads", [1, 2, 8, 16, 12, 20, 3])
 def test_alibi_slopes(num_heads):
-    below = 2 ** int(math.floor(math.log2(num_heads)))
+    below = 2 ** math.floor(math.log2(num_heads))
     expected = [2 ** (-8 * (h + 1) / below) for h in range(below)]
     expected += [2 ** (-8 * (2 * h + 1) / (2 * below)) for h in range(num_heads - below)]
     np.testing.assert_allclose(alibi_slopes(num_heads), expected, rtol=1e-6)
@@ -190,16 +194,16 @@ def test_alibi_slopes(num_heads):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(theta=0.0), "theta=0.0 must be positive"),
-        (dict(fraction=0.0), r"fraction=0.0 must be in \(0, 1\]"),
-        (dict(scaling="ntk"), "unknown scaling 'ntk'; known: none, linear"),
-        (dict(factor=-1.0), "factor=-1.0 must be positive"),
-        (dict(scaling="yarn"), "needs original_max_positions"),
+        ({"theta": 0.0}, "theta=0.0 must be positive"),
+        ({"fraction": 0.0}, r"fraction=0.0 must be in \(0, 1\]"),
+        ({"scaling": "ntk"}, "unknown scaling 'ntk'; known: none, linear"),
+        ({"factor": -1.0}, "factor=-1.0 must be positive"),
+        ({"scaling": "yarn"}, "needs original_max_positions"),
         (
-            dict(scaling="llama3", original_max_positions=8, high_freq_factor=1.0),
+            {"scaling": "llama3", "original_max_positions": 8, "high_freq_factor": 1.0},
             "must be larger than",
         ),
-        (dict(scaling="longrope", original_max_positions=8), "short_factor and long_factor"),
+        ({"scaling": "longrope", "original_max_positions": 8}, "short_factor and long_factor"),
     ],
 )
 def test_bad_config_says_what_is_wrong(fields, message):
