@@ -168,8 +168,12 @@ def sites(cfg: ModelConfig) -> tuple[str, ...]:
 def embed_tokens(model: Decoder, tokens: Array) -> Array:
     """[B,T] ids -> [B,T,M] scaled embeddings, the value of the site `embed` before edits."""
     cfg, dtype = model.cfg, compute_dtype(model.cfg)
+    # Rows whole on each device: looking ids up in a table split over its width as well as the
+    # batch would make the compiler replicate the result.
+    table = constrain(model.embed.table[...].astype(dtype), ("vocab", None))
     # An id past the table reads NaN rather than another token's row.
-    x = jnp.take(model.embed.table[...], tokens, axis=0, mode="fill").astype(dtype)
+    x = jnp.take(table, tokens, axis=0, mode="fill")
+    x = constrain(x, RESIDUAL)
     x = x * jnp.asarray(cfg.embed_scale, dtype) if cfg.embed_scale != 1 else x
     if model.project_in is not None:
         x = jnp.einsum("bte,em->btm", x, model.project_in[...].astype(dtype))
