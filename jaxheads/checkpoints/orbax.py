@@ -26,7 +26,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxheads import parallel
-from jaxheads.data import merge_states
+from jaxheads.data import DataConfig, merge_states
 from jaxheads.fields import differences, from_json
 from jaxheads.models import Decoder, ModelConfig
 from jaxheads.typing import PyTree
@@ -232,6 +232,10 @@ class Checkpoints:
         read = self._manager.restore(step, args=args.Composite(model=args.StandardRestore(like)))
         return unflatten(model, read["model"])
 
+    def reached_preemption(self, step: int) -> bool:
+        """Whether the machines will be taken away and all processes should stop after `step`."""
+        return self._manager.reached_preemption(step)
+
     def wait(self) -> None:
         """Returns when the last `save` is on disk."""
         self._manager.wait_until_finished()
@@ -301,6 +305,19 @@ def load_model(path: str | Path, *, dtype: str | None = None, mesh: Mesh | None 
         mesh = parallel.make_mesh("") if mesh is None else mesh
         like = abstract(lambda: Decoder(cfg, rngs=nnx.Rngs(0)), mesh)
         return checkpoints.restore_model(like, step)
+
+
+def load_config(path: str | Path) -> dict[str, Any]:
+    """The configurations stored in a checkpoint: ``{"model": ModelConfig, "data": DataConfig}``.
+
+    Args:
+      path: as for `load_model`.
+    """
+    directory, step = _locate(Path(path).expanduser().resolve())
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        stored = checkpoints.config(step)
+    kinds = {"model": ModelConfig, "data": DataConfig}
+    return {n: from_json(k, stored[n], section=n) for n, k in kinds.items() if n in stored}
 
 
 def is_checkpoint(path: str | Path) -> bool:
