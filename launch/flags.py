@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from jaxheads.fields import unknown
 
@@ -98,6 +98,8 @@ def run(main: Callable[[], int | None]) -> None:
         return rest
 
     def guarded(_: Sequence[str]) -> int | None:
+        if not (flags.FLAGS.debug or flags.FLAGS["verbosity"].present):
+            logging.set_verbosity(logging.WARNING)  # Orbax tells a story at every save
         try:
             if flags.FLAGS.simulated_devices:
                 simulate_devices(flags.FLAGS.simulated_devices)
