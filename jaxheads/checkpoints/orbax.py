@@ -1,0 +1,371 @@
+"""Training checkpoints: written asynchronously with Orbax, restored on any mesh.
+
+    WORKDIR/checkpoints/STEP/
+      model/      parameters by name ("layers.attention.wq"), each process writes its shards
+      training/   step, random key and optimiser state by name ("opt_state.0.mu.embed.table")
+      config/     JSON: the configurations the run was started with
+      data/       JSON: where the data stands, for all processes
+A checkpoint appears under its step only when it is complete; what an interrupted save leaves
+behind is recognised and skipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxheads import parallel
+from jaxheads.data import merge_states
+from jaxheads.fields import differences, from_json
+from jaxheads.models import Decoder, ModelConfig
+from jaxheads.typing import PyTree
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+CHECKPOINTS = "checkpoints"
+ITEMS = ("model", "training", "config", "data")
+_TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
+
+
+class Restored(NamedTuple):
+    """What `Checkpoints.restore` returns."""
+
+    step: int
+    model: Decoder
+    training: PyTree
+    data_state: dict[str, Any]
+
+
+def flatten(tree: PyTree) -> dict[str, Any]:
+    """The leaves of `tree` by name: ``{"layers.attention.wq": array, ...}``."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {_name(path): leaf for path, leaf in leaves}
+
+
+def unflatten(like: PyTree, leaves: Mapping[str, Any]) -> PyTree:
+    """A tree of the structure of `like` from the output of `flatten`."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(like)
+    return jax.tree.unflatten(structure, [leaves[_name(path)] for path, _ in paths])
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+def abstract(constructor: Callable[[], T], mesh: Mesh) -> T:
+    """What ``constructor()`` makes, as `jax.ShapeDtypeStruct`s placed by their axis names."""
+    shapes = jax.eval_shape(constructor)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        parallel.shardings(shapes, mesh),
+    )
+
+
+class Checkpoints:
+    """The checkpoints of one training run.
+
+    Args:
+      directory: WORKDIR/checkpoints; made when missing.
+      keep_last: newest checkpoints to keep.
+      keep_best: checkpoints of lowest `eval_loss` to keep besides.
+      read_only: nothing is written, renamed or deleted.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        read_only: bool = False,
+    ):
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint import checkpoint_managers as policies
+
+        for name, value, least in (("keep_last", keep_last, 1), ("keep_best", keep_best, 0)):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}.")
+        self._ocp = ocp
+        self._directory = Path(directory).resolve()
+        if not read_only:
+            if jax.process_index() == 0:
+                _clear_incomplete(self._directory)
+            _wait_for_all("jaxheads: incomplete checkpoints cleared")
+        keep: list[policies.PreservationPolicy] = [policies.LatestN(keep_last)]
+        if keep_best:
+            keep.append(
+                policies.BestN(
+                    get_metric_fn=_eval_loss,
+                    reverse=True,  # the policy keeps the end of the list
+                    n=keep_best,
+                )
+            )
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                best_fn=_eval_loss,  # without it Orbax does not store metrics
+                best_mode="min",
+                read_only=read_only,
+                create=not read_only,
+            ),
+            item_handlers={
+                "model": ocp.StandardCheckpointHandler(),
+                "training": ocp.StandardCheckpointHandler(),
+                "config": ocp.JsonCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are complete, in order."""
+        return sorted(self._manager.all_steps())
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of lowest `eval_loss` among the checkpoints that are kept."""
+        losses = {step: self.eval_loss(step) for step in self.steps}
+        best = min(losses, key=losses.__getitem__, default=None)
+        return None if best is None or math.isinf(losses[best]) else best
+
+    def eval_loss(self, step: int) -> float:
+        """The evaluation that was saved with a checkpoint, infinite when there was none."""
+        return float((self._manager.metrics(step) or {}).get("eval_loss", math.inf))
+
+    def save(
+        self,
+        step: int,
+        *,
+        model: Decoder,
+        training: PyTree,
+        config: Mapping[str, Any],
+        data_state: Mapping[str, Any],
+        eval_loss: float | None = None,
+    ) -> None:
+        """Starts to write a checkpoint and returns; the arrays may be donated right after.
+
+        Waits first for the checkpoint before it, and raises what went wrong there.
+
+        Args:
+          training: whatever the run needs besides the model, as a pytree of arrays.
+          config: JSON values.
+          data_state: of this process; the states of all processes are merged.
+        """
+        if step in self._manager.all_steps():
+            return
+        args = self._ocp.args
+        self._manager.save(
+            step,
+            args=args.Composite(
+                model=args.StandardSave(flatten(model)),
+                training=args.StandardSave(flatten(training)),
+                config=args.JsonSave(dict(config)),
+                data=args.JsonSave(gather_states(data_state)),
+            ),
+            # Checkpoints without an evaluation rank last, the newest of them first.
+            metrics={"eval_loss": math.inf if eval_loss is None else eval_loss},
+        )
+
+    def config(self, step: int | None = None) -> dict[str, Any]:
+        """The JSON configurations inside a checkpoint; default: the newest."""
+        return self._read(self._step(step), "config")
+
+    def restore(self, model: Decoder, training: PyTree, step: int | None = None) -> Restored:
+        """The newest checkpoint, or that of `step`, in the shards that the arguments name.
+
+        Args:
+          model, training: as `abstract` gives them: shapes, dtypes and shardings.
+        Raises:
+          ValueError: when the checkpoint is of another model or another optimiser, naming the
+            fields or arrays that differ.
+        """
+        step = self._step(step)
+        stored = from_json(ModelConfig, self._read(step, "config")["model"], section="model")
+        changed = differences(stored, model.cfg)
+        changed = [line for line in changed if line.partition(":")[0] not in _FREE_FIELDS]
+        if changed:
+            raise ValueError(
+                f"checkpoint {self._directory / str(step)} is of another model: "
+                f"{'; '.join(changed)} (checkpoint -> now). Give the settings of the checkpoint, "
+                "or another workdir."
+            )
+        like = {"model": flatten(model), "training": flatten(training)}
+        for item, arrays in like.items():
+            self._compare(step, item, arrays)
+        args = self._ocp.args
+        read = self._manager.restore(
+            step,
+            args=args.Composite(
+                model=args.StandardRestore(like["model"]),
+                training=args.StandardRestore(like["training"]),
+                data=args.JsonRestore(),
+            ),
+        )
+        return Restored(
+            step, unflatten(model, read["model"]), unflatten(training, read["training"]), read.data
+        )
+
+    def restore_model(self, model: Decoder, step: int | None = None) -> Decoder:
+        """Only the parameters of a checkpoint, in the dtypes and shards of `model`."""
+        step, like = self._step(step), flatten(model)
+        self._compare(step, "model", like)
+        args = self._ocp.args
+        read = self._manager.restore(step, args=args.Composite(model=args.StandardRestore(like)))
+        return unflatten(model, read["model"])
+
+    def wait(self) -> None:
+        """Returns when the last `save` is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the last `save` and ends the threads."""
+        self._manager.close()
+
+    def _step(self, step: int | None) -> int:
+        if step is None and self.steps:
+            return self.steps[-1]
+        if step not in self.steps:
+            raise ValueError(
+                f"{self._directory} holds no checkpoint{'' if step is None else f' of step {step}'}"
+                f"; complete ones: {', '.join(map(str, self.steps)) or 'none'}."
+            )
+        return step
+
+    def _read(self, step: int, item: str) -> dict[str, Any]:
+        args = self._ocp.args
+        return self._manager.restore(step, args=args.Composite(**{item: args.JsonRestore()}))[item]
+
+    def _compare(self, step: int, item: str, like: Mapping[str, Any]) -> None:
+        """Raise when names or shapes of the stored arrays are not those of `like`."""
+        metadata = self._manager.item_metadata(step)[item]
+        stored = {name: tuple(array.shape) for name, array in metadata.tree.items()}
+        wanted = {name: tuple(array.shape) for name, array in like.items()}
+        # Random keys are stored as the integers they are made of.
+        keys = {n for n, a in like.items() if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key)}
+        lines = [f"no {n}" for n in sorted(wanted.keys() - stored.keys())]
+        lines += [f"a spare {n}" for n in sorted(stored.keys() - wanted.keys())]
+        lines += [
+            f"{n} of shape {stored[n]}, needed {wanted[n]}"
+            for n in sorted(wanted.keys() & stored.keys() - keys)
+            if stored[n] != wanted[n]
+        ]
+        if lines:
+            shown = "; ".join(lines[:8]) + (f"; {len(lines) - 8} more" if len(lines) > 8 else "")
+            raise ValueError(
+                f"checkpoint {self._directory / str(step)} does not fit this run: its {item} has "
+                f"{shown}. Use the optimizer settings it was saved with, or another workdir."
+            )
+
+
+def _eval_loss(metrics: Mapping[str, float]) -> float:
+    return metrics["eval_loss"]
+
+
+# How the maths is carried out, not what it is: free to change from run to run.
+_FREE_FIELDS = frozenset({"implementation", "remat", "compute_dtype"})
+
+
+def load_model(path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> Decoder:
+    """The model of a training run.
+
+    Args:
+      path: a workdir, its `checkpoints` directory (both: the newest checkpoint), or one checkpoint.
+      dtype: of the parameters; default: as stored.
+      mesh: where to place them; default: the first device.
+    Raises:
+      ValueError: when there is no complete checkpoint.
+    """
+    directory, step = _locate(Path(path).expanduser().resolve())
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        cfg = from_json(ModelConfig, checkpoints.config(step)["model"], section="model")
+        cfg = cfg if dtype is None else dataclasses.replace(cfg, param_dtype=dtype)
+        mesh = parallel.make_mesh("") if mesh is None else mesh
+        like = abstract(lambda: Decoder(cfg, rngs=nnx.Rngs(0)), mesh)
+        return checkpoints.restore_model(like, step)
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether `load_model` can read this path."""
+    try:
+        directory, _ = _locate(Path(path).expanduser().resolve())
+    except ValueError:
+        return False
+    return any(_is_complete(entry) for entry in directory.iterdir())
+
+
+def _locate(path: Path) -> tuple[Path, int | None]:
+    """(directory of checkpoints, step or None for the newest) that a user's path means."""
+    if path.name.isdigit() and _is_complete(path):
+        return path.parent, int(path.name)
+    for directory in (path / CHECKPOINTS, path):
+        if directory.is_dir() and any(_is_complete(entry) for entry in directory.iterdir()):
+            return directory, None
+    raise ValueError(
+        f"{path} holds no complete checkpoint; give the workdir of a training run, or "
+        f"WORKDIR/{CHECKPOINTS}/STEP."
+    )
+
+
+def _is_complete(directory: Path) -> bool:
+    """Whether a save into `directory` came to its end."""
+    if not directory.name.isdigit():
+        return False
+    try:
+        metadata = json.loads((directory / "_CHECKPOINT_METADATA").read_text())
+    except (OSError, ValueError):
+        return False
+    there = all((directory / item).is_dir() for item in ITEMS)
+    return there and bool(metadata.get("commit_timestamp_nsecs"))
+
+
+def _clear_incomplete(directory: Path) -> None:
+    """Remove what interrupted saves left, and set damaged checkpoints aside, with a warning."""
+    for entry in sorted(directory.iterdir()) if directory.is_dir() else []:
+        if _TEMPORARY in entry.name:
+            _log.warning("%s is an unfinished save of an interrupted run: removed.", entry)
+            shutil.rmtree(entry)
+        elif entry.name.isdigit() and not _is_complete(entry):
+            aside = entry.with_name(f"incomplete-{entry.name}")
+            _log.warning("checkpoint %s is incomplete: skipped, and renamed %s.", entry, aside.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            entry.rename(aside)
+
+
+def gather_states(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The data states of all processes as one that any number of processes can restore."""
+    if jax.process_count() == 1:
+        return dict(state)
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.asarray([len(text)])).reshape(-1)
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(text)] = text
+    rows = multihost_utils.process_allgather(padded)
+    return merge_states([json.loads(bytes(row[:n])) for row, n in zip(rows, lengths)])
+
+
+def _wait_for_all(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
