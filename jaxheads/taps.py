@@ -202,6 +202,9 @@ class Taps:
     record: tuple[Record, ...] = field(default=(), metadata={"static": True})
 
     def __post_init__(self):
+        for name in ("edits", "record"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         names = [r.name for r in self.record]
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
@@ -230,7 +233,9 @@ class Taps:
                     f"{model} has no site {request.site!r}. Sites of {model}: {', '.join(sites)}."
                 )
             layer = request.layer
-            if isinstance(layer, int) and not 0 <= layer < num_layers:
+            if layer is None or isinstance(layer, jax.core.Tracer):
+                continue
+            if not 0 <= int(layer) < num_layers:
                 raise ValueError(
                     f"layer {layer} of site {request.site!r} is out of range: {model} has "
                     f"{num_layers} layers, 0 to {num_layers - 1}."

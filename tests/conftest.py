@@ -1,8 +1,8 @@
-"""Eight simulated CPU devices, float32, warnings are errors from our own code."""
+"""Every test sees eight simulated CPU devices, set up before JAX starts."""
 
 import os
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_PLATFORMS"] = "cpu"
+_COUNT = "--xla_force_host_platform_device_count=8"
+if _COUNT not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_COUNT}"

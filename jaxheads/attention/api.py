@@ -26,7 +26,7 @@ from jaxheads.attention.blocked import blocked_attention
 from jaxheads.attention.contract import AttentionContext, Request
 from jaxheads.attention.dense import dense_attention
 from jaxheads.attention.masks import Mask
-from jaxheads.taps import NO_TAP, Tap
+from jaxheads.taps import Tap
 from jaxheads.typing import Array
 
 logger = logging.getLogger(__name__)
@@ -252,7 +252,7 @@ def _check_arrays(q: Array, k: Array, v: Array) -> None:
             raise TypeError(f"{name} has dtype {x.dtype}; attention needs a floating dtype.")
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(
-            f"k {k.shape} and v {v.shape} differ in batch, length or heads; they must share [B,S,K]."
+            f"k {k.shape} and v {v.shape} differ in batch, length or heads; they share [B,S,K]."
         )
     if q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
         raise ValueError(

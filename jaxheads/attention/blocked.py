@@ -22,9 +22,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxheads.attention.dense import split_heads
-from jaxheads.attention.masks import MASK_VALUE, Mask, Span, as_4d
-from jaxheads.typing import Array
+from jaxheads.attention.dense import (
+    alibi_penalty,
+    distance,
+    group_heads,
+    group_rows,
+    ungroup_rows,
+)
+from jaxheads.attention.masks import MASK_VALUE, Mask, Span, as_4d, pad_end, take
+from jaxheads.typing import Array, PyTree
 
 BLOCK_Q = 256
 BLOCK_K = 512
@@ -38,17 +44,23 @@ class _Static(NamedTuple):
     block_q: int
     block_k: int
     num_keys: int  # before padding
+    groups: tuple[int, int]  # (K, G)
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of scores in a tile: its queries times the heads that share a kv head."""
+        return self.block_q * self.groups[1]
 
 
 class _Arrays(NamedTuple):
-    """The differentiable part: padded to whole blocks, heads before positions."""
+    """The differentiable part, padded to whole blocks; X = T*G rows read one kv head."""
 
-    q: Array  # [B,K,G,T,D]
+    q: Array  # [B,K,X,D]
     k: Array  # [B,K,S,D]
     v: Array  # [B,K,S,W]
     bias: Array | None  # [B|1,H|1,T|1,S|1]
-    sinks: Array | None  # [K,G] float32
-    slopes: Array | None  # [K,G] float32
+    sinks: Array | None  # [H]
+    slopes: Array | None  # [H]
 
 
 def blocked_attention(
@@ -82,68 +94,70 @@ def blocked_attention(
     Returns:
       z [B,T,H,W] in the dtype of q and lse [B,H,T] float32.
     """
-    batch, num_queries, num_heads, head_dim = q.shape
+    batch, num_queries, num_heads, _ = q.shape
     num_keys, num_kv_heads = k.shape[1:3]
     groups = (num_kv_heads, num_heads // num_kv_heads)
     block_q, block_k = min(block_q, num_queries), min(block_k, num_keys)
-    extra_q, extra_k = -num_queries % block_q, -num_keys % block_k
-    padded = (num_queries + extra_q, num_keys + extra_k)
+    padded_queries = num_queries + -num_queries % block_q
+    padded_keys = num_keys + -num_keys % block_k
 
-    q = q.reshape(batch, num_queries, *groups, head_dim)
+    if bias is not None:
+        bias = pad_end(pad_end(as_4d(bias), padded_keys), padded_queries, axis=-2)
     arrays = _Arrays(
-        q=_pad(jnp.einsum("btkgd->bkgtd", q), -2, extra_q),
-        k=_pad(jnp.einsum("bskd->bksd", k), -2, extra_k),
-        v=_pad(jnp.einsum("bskw->bksw", v), -2, extra_k),
-        bias=None if bias is None else _pad(_pad(as_4d(bias), -2, extra_q), -1, extra_k),
-        sinks=None if sinks is None else sinks.astype(jnp.float32).reshape(groups),
-        slopes=None if alibi_slopes is None else alibi_slopes.astype(jnp.float32).reshape(groups),
+        q=group_rows(_pad_positions(q, padded_queries), num_kv_heads),
+        k=jnp.einsum("bskd->bksd", _pad_positions(k, padded_keys)),
+        v=jnp.einsum("bskw->bksw", _pad_positions(v, padded_keys)),
+        bias=bias,
+        sinks=sinks,
+        slopes=alibi_slopes,
     )
-    static = _Static(scale, soft_cap, block_q, block_k, num_keys)
-    z, lse = _attend(static, arrays, mask.pad(*padded))
-    z = jnp.einsum("bkgtw->btkgw", z[..., :num_queries, :])
-    z = z.reshape(batch, num_queries, num_heads, v.shape[-1])
-    return z, lse[..., :num_queries].reshape(batch, num_heads, num_queries)
+    static = _Static(scale, soft_cap, block_q, block_k, num_keys, groups)
+    mask = mask.pad(padded_queries, padded_keys)
+    arrays, mask = _vary_like((arrays, mask), arrays, mask)
+    z, lse = _attend(static, arrays, mask)
+    z = ungroup_rows(z, padded_queries)[:, :num_queries]
+    lse = lse.reshape(batch, num_kv_heads, padded_queries, -1)
+    lse = jnp.einsum("bktg->bkgt", lse).reshape(batch, num_heads, padded_queries)
+    return z, lse[..., :num_queries]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static: _Static, arrays: _Arrays, mask: Mask) -> tuple[Array, Array]:
-    """z [B,K,G,T,W] in the dtype of q and lse [B,K,G,T] float32."""
-    num_blocks = arrays.q.shape[-2] // static.block_q
+    """z [B,K,X,W] in the dtype of q and lse [B,K,X] float32."""
     z, lse = jax.lax.map(
-        lambda i: _attend_block(static, arrays, mask, i * static.block_q), jnp.arange(num_blocks)
+        lambda q_start: _attend_block(static, arrays, mask, q_start), _q_starts(static, arrays)
     )
-    return _join_blocks(z, axis=-2), _join_blocks(lse, axis=-1)
+    return _join_blocks(z), _join_blocks(lse)
 
 
 def _attend_block(static: _Static, arrays: _Arrays, mask: Mask, q_start: Array):
     """One block of queries against every key block it can see."""
-    q = _block(arrays.q, q_start, static.block_q)
+    q = _rows(static, arrays.q, q_start)
 
     def visit(j, carry):
         z, highest, total = carry
         k_start = j * static.block_k
-        v = _block(arrays.v, k_start, static.block_k)
+        v = _keys(static, arrays.v, k_start)
         scores, _ = _scores(static, arrays, mask, q, q_start, k_start)
         new_highest = jnp.maximum(highest, scores.max(axis=-1))
         # While nothing was visible the shift is zero, and masked scores underflow to zero.
         shift = jnp.where(new_highest <= MASK_VALUE / 2, 0.0, new_highest)
         weights = jnp.exp(scores - shift[..., None])
         keep = jnp.exp(highest - shift)
-        new = jnp.einsum(
-            "bkgts,bksw->bkgtw", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-        )
+        new = _dot("bkxs,bksw->bkxw", weights.astype(v.dtype), v)
         return z * keep[..., None] + new, new_highest, total * keep + weights.sum(axis=-1)
 
-    rows = q.shape[:-1]
+    shape = q.shape[:-1]
     if arrays.sinks is None:
-        highest = jnp.full(rows, MASK_VALUE, jnp.float32)
-        total = jnp.zeros(rows, jnp.float32)
+        highest = jnp.full(shape, MASK_VALUE, jnp.float32)
+        total = jnp.zeros(shape, jnp.float32)
     else:
-        highest = jnp.broadcast_to(arrays.sinks[..., None], rows)
-        total = jnp.ones(rows, jnp.float32)
-    z = jnp.zeros((*rows, arrays.v.shape[-1]), jnp.float32)
+        highest = jnp.broadcast_to(_sink_rows(static, arrays.sinks, shape[-1]), shape)
+        total = jnp.ones(shape, jnp.float32)
+    z = jnp.zeros((*shape, arrays.v.shape[-1]), jnp.float32)
+    start = _vary_like((z, highest, total), arrays, mask)
     low, high = _block_range(static, mask, q_start)
-    z, highest, total = jax.lax.fori_loop(low, high, visit, (z, highest, total))
+    z, highest, total = jax.lax.fori_loop(low, high, visit, start)
     is_empty = total == 0
     z = z / jnp.where(is_empty, 1.0, total)[..., None]
     lse = jnp.where(is_empty, -jnp.inf, highest + jnp.log(total))
@@ -151,30 +165,28 @@ def _attend_block(static: _Static, arrays: _Arrays, mask: Mask, q_start: Array):
 
 
 def _scores(static: _Static, arrays: _Arrays, mask: Mask, q: Array, q_start, k_start):
-    """One tile [B,K,G,tq,tk] float32 of masked scores, and the derivative of its soft cap."""
-    q_span: Span = (q_start, static.block_q)
-    k_span: Span = (k_start, static.block_k)
-    groups = q.shape[1:3]
-    k = _block(arrays.k, k_start, static.block_k)
-    scores = static.scale * jnp.einsum(
-        "bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32
-    )
+    """One tile [B,K,x,tk] float32 of masked scores, and the derivative of its soft cap."""
+    q_span, k_span = (q_start, static.block_q), (k_start, static.block_k)
+    groups = static.groups
+    scores = static.scale * _dot("bkxd,bksd->bkxs", q, _keys(static, arrays.k, k_start))
+    rows = scores.shape
     slope_of_cap = None
     if static.soft_cap is not None:
         capped = jnp.tanh(scores / static.soft_cap)
         scores, slope_of_cap = static.soft_cap * capped, 1 - capped**2
+    scores = _by_position(static, scores)
     if arrays.bias is not None:
-        bias = _bias_tile(arrays.bias, q_span, k_span)
-        scores = scores + split_heads(bias, groups).astype(jnp.float32)
+        bias = take(take(arrays.bias, q_span, axis=-2), k_span, axis=-1)
+        scores = scores + group_heads(bias, groups).astype(jnp.float32)
     if arrays.slopes is not None:
-        scores = scores - arrays.slopes[..., None, None] * _distance(mask, q_span, k_span)
+        scores = scores - alibi_penalty(arrays.slopes, groups, mask, q_span, k_span)
     visible = mask.tile(q_span, k_span)
     if static.num_keys != arrays.k.shape[-2]:
         is_key = (k_start + jnp.arange(static.block_k) < static.num_keys)[None, None, None]
         visible = is_key if visible is None else visible & is_key
     if visible is not None:
-        scores = jnp.where(split_heads(visible, groups), scores, MASK_VALUE)
-    return scores, slope_of_cap
+        scores = jnp.where(group_heads(visible, groups), scores, MASK_VALUE)
+    return scores.reshape(rows), slope_of_cap
 
 
 def _attend_fwd(static: _Static, arrays: _Arrays, mask: Mask):
@@ -194,61 +206,72 @@ class _Grads(NamedTuple):
 def _attend_bwd(static: _Static, residuals, cotangents):
     arrays, mask, z, lse = residuals
     dz, dlse = cotangents
-    delta = (z.astype(jnp.float32) * dz.astype(jnp.float32)).sum(axis=-1) - dlse  # [B,K,G,T]
+    delta = (z.astype(jnp.float32) * dz.astype(jnp.float32)).sum(axis=-1) - dlse  # [B,K,X]
     zeros = lambda x: None if x is None else jnp.zeros(x.shape, jnp.float32)
     grads = _Grads(*(zeros(x) for x in (arrays.k, arrays.v, arrays.bias, arrays.slopes)))
-    starts = jnp.arange(arrays.q.shape[-2] // static.block_q) * static.block_q
 
     def one_block(grads, q_start):
         return _backward_block(static, arrays, mask, q_start, dz, lse, delta, grads)
 
-    grads, dq = jax.lax.scan(one_block, grads, starts)
+    grads, dq = jax.lax.scan(
+        one_block, _vary_like(grads, arrays, mask, dz), _q_starts(static, arrays)
+    )
     dsinks = None
     if arrays.sinks is not None:
-        share = jnp.exp(arrays.sinks[..., None] - lse)
-        dsinks = -(share * delta).sum(axis=(0, -1))
-    found = _Arrays(_join_blocks(dq, axis=-2), grads.k, grads.v, grads.bias, dsinks, grads.slopes)
+        share = jnp.exp(_sink_rows(static, arrays.sinks, lse.shape[-1]) - lse)
+        batch, num_kv_heads, _ = lse.shape
+        by_head = (share * delta).reshape(batch, num_kv_heads, -1, static.groups[1])
+        dsinks = -by_head.sum(axis=(0, 2)).reshape(-1)
+    found = _Arrays(_join_blocks(dq), grads.k, grads.v, grads.bias, dsinks, grads.slopes)
     cast = lambda x, dx: None if x is None else dx.astype(x.dtype)
     return _Arrays(*(cast(x, dx) for x, dx in zip(arrays, found, strict=True))), None
 
 
 def _backward_block(static, arrays, mask, q_start, dz, lse, delta, grads):
     """Adds one query block's part to the gradients of keys, values and bias; returns its dq."""
-    block_q, block_k = static.block_q, static.block_k
-    q, dz = _block(arrays.q, q_start, block_q), _block(dz, q_start, block_q)
-    lse = jax.lax.dynamic_slice_in_dim(lse, q_start, block_q, axis=-1)
-    delta = jax.lax.dynamic_slice_in_dim(delta, q_start, block_q, axis=-1)
-    shift = jnp.where(jnp.isneginf(lse), 0.0, lse)[..., None]
-    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    q, dz = _rows(static, arrays.q, q_start), _rows(static, dz, q_start)
+    lse = _rows(static, lse[..., None], q_start)
+    delta = _rows(static, delta[..., None], q_start)
+    shift = jnp.where(jnp.isneginf(lse), 0.0, lse)
+    q_span = (q_start, static.block_q)
 
     def visit(j, carry):
         dq, grads = carry
-        k_start = j * block_k
-        k, v = _block(arrays.k, k_start, block_k), _block(arrays.v, k_start, block_k)
+        k_start = j * static.block_k
+        k_span = (k_start, static.block_k)
+        k, v = _keys(static, arrays.k, k_start), _keys(static, arrays.v, k_start)
         scores, slope_of_cap = _scores(static, arrays, mask, q, q_start, k_start)
         p = jnp.exp(scores - shift)
-        dv = dot("bkgts,bkgtw->bksw", p.astype(v.dtype), dz)
-        ds = p * (dot("bkgtw,bksw->bkgts", dz, v) - delta[..., None])
+        dv = _dot("bkxs,bkxw->bksw", p.astype(v.dtype), dz)
+        ds = p * (_dot("bkxw,bksw->bkxs", dz, v) - delta)
         dbias, dslopes = grads.bias, grads.slopes
         if dbias is not None:
-            dbias = _add_bias_tile(dbias, ds, (q_start, block_q), (k_start, block_k))
+            dbias = _add_bias_tile(static, dbias, ds, q_span, k_span)
         if dslopes is not None:
-            distance = _distance(mask, (q_start, block_q), (k_start, block_k))
-            dslopes = dslopes - (ds * distance).sum(axis=(0, -2, -1))
+            by_position = _by_position(static, ds) * distance(mask, q_span, k_span)
+            dslopes = dslopes - by_position.sum(axis=(0, 2, 4)).reshape(-1)
         if slope_of_cap is not None:
             ds = ds * slope_of_cap
         ds = (ds * static.scale).astype(k.dtype)
-        dq = dq + dot("bkgts,bksd->bkgtd", ds, k)
-        dk = dot("bkgts,bkgtd->bksd", ds, q)
-        dk, dv = _add_block(grads.k, dk, k_start), _add_block(grads.v, dv, k_start)
+        dq = dq + _dot("bkxs,bksd->bkxd", ds, k)
+        dk = _dot("bkxs,bkxd->bksd", ds, q)
+        dk, dv = _add_keys(grads.k, dk, k_start), _add_keys(grads.v, dv, k_start)
         return dq, _Grads(dk, dv, dbias, dslopes)
 
     low, high = _block_range(static, mask, q_start)
-    dq, grads = jax.lax.fori_loop(low, high, visit, (jnp.zeros(q.shape, jnp.float32), grads))
+    dq = _vary_like(jnp.zeros(q.shape, jnp.float32), arrays, mask, dz)
+    dq, grads = jax.lax.fori_loop(low, high, visit, (dq, grads))
     return grads, dq
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _q_starts(static: _Static, arrays: _Arrays) -> Array:
+    """The first query of each block."""
+    return jnp.arange(arrays.q.shape[-2] // static.block_rows) * static.block_q
 
 
 def _block_range(static: _Static, mask: Mask, q_start) -> tuple[Array, Array]:
@@ -258,54 +281,67 @@ def _block_range(static: _Static, mask: Mask, q_start) -> tuple[Array, Array]:
     return low // static.block_k, (high + static.block_k - 1) // static.block_k
 
 
-def _distance(mask: Mask, q_span: Span, k_span: Span) -> Array:
-    """|q_index - k_index| as [B|1,1,1,tq,tk] float32."""
-    distance = jnp.abs(mask.relative_index(q_span, k_span)).astype(jnp.float32)
-    return distance.reshape(-1, 1, 1, q_span[1], k_span[1])
+def _rows(static: _Static, x: Array, q_start) -> Array:
+    """The rows [B,K,x,...] of a block of queries."""
+    start = q_start * static.groups[1]
+    return jax.lax.dynamic_slice_in_dim(x, start, static.block_rows, axis=-2)
 
 
-def _block(x: Array, start, size: int) -> Array:
-    """A block of positions, the axis before the last."""
-    return jax.lax.dynamic_slice_in_dim(x, start, size, axis=-2)
+def _keys(static: _Static, x: Array, k_start) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, k_start, static.block_k, axis=-2)
 
 
-def _add_block(total: Array, x: Array, start) -> Array:
-    """`total` with `x` added to the block of positions at `start`."""
-    old = _block(total, start, x.shape[-2])
-    return jax.lax.dynamic_update_slice_in_dim(total, old + x, start, axis=total.ndim - 2)
+def _add_keys(total: Array, x: Array, k_start) -> Array:
+    """`total` with `x` added to the block of keys at `k_start`."""
+    old = jax.lax.dynamic_slice_in_dim(total, k_start, x.shape[-2], axis=-2)
+    return jax.lax.dynamic_update_slice_in_dim(total, old + x, k_start, axis=total.ndim - 2)
 
 
-def _bias_tile(bias: Array, q_span: Span, k_span: Span) -> Array:
-    for axis, (start, size) in ((2, q_span), (3, k_span)):
-        if bias.shape[axis] != 1:
-            bias = jax.lax.dynamic_slice_in_dim(bias, start, size, axis=axis)
-    return bias
+def _by_position(static: _Static, x: Array) -> Array:
+    """[B,K,x,tk] -> [B,K,tq,G,tk]."""
+    return x.reshape(*x.shape[:2], static.block_q, static.groups[1], x.shape[-1])
 
 
-def _add_bias_tile(total: Array, ds: Array, q_span: Span, k_span: Span) -> Array:
+def _sink_rows(static: _Static, sinks: Array, num_rows: int) -> Array:
+    """[H] -> [K,num_rows] float32: the sink of the head that each row belongs to."""
+    by_group = sinks.astype(jnp.float32).reshape(static.groups)
+    return jnp.tile(by_group, (1, num_rows // static.groups[1]))
+
+
+def _add_bias_tile(static: _Static, total: Array, ds: Array, q_span: Span, k_span: Span) -> Array:
     """Adds a tile's score gradient to the bias gradient, summed over the bias's broadcast axes."""
-    ds = ds.reshape(ds.shape[0], ds.shape[1] * ds.shape[2], *ds.shape[3:])  # [B,H,tq,tk]
+    ds = jnp.einsum("bktgs->bkgts", _by_position(static, ds))
+    ds = ds.reshape(ds.shape[0], -1, *ds.shape[3:])  # [B,H,tq,tk]
     sums = tuple(axis for axis in range(4) if total.shape[axis] == 1)
-    old = _bias_tile(total, q_span, k_span)
-    starts = [
-        start if size != 1 else 0
-        for start, size in zip((0, 0, q_span[0], k_span[0]), total.shape, strict=True)
-    ]
+    old = take(take(total, q_span, axis=-2), k_span, axis=-1)
+    starts = (0, 0, q_span[0], k_span[0])
+    starts = [0 if size == 1 else start for start, size in zip(starts, total.shape, strict=True)]
     return jax.lax.dynamic_update_slice(total, old + ds.sum(axis=sums, keepdims=True), starts)
 
 
-def _join_blocks(x: Array, axis: int) -> Array:
-    """[N, ..., block, ...] -> [..., N * block, ...] with the blocks in order along `axis`."""
-    x = jnp.moveaxis(x, 0, axis - 1)
-    shape = list(x.shape)
-    shape[axis - 1 : x.ndim + axis + 1] = [shape[axis - 1] * shape[axis]]
-    return x.reshape(shape)
+def _join_blocks(x: Array) -> Array:
+    """[N,B,K,x,...] -> [B,K,N*x,...]."""
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
-def _pad(x: Array, axis: int, extra: int) -> Array:
-    """Zeros at the end of one axis; an axis of size one broadcasts and is left alone."""
-    if extra == 0 or x.shape[axis] == 1:
-        return x
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, extra)
-    return jnp.pad(x, widths)
+def _pad_positions(x: Array, length: int) -> Array:
+    """[B,T,H,D] with zeros up to a length."""
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
+
+
+def _vary_like(tree: PyTree, *others: PyTree) -> PyTree:
+    """Inside shard_map, `tree` marked as varying over every mesh axis that `others` vary over.
+
+    The carry of a loop must be typed like its results, and cotangents like their primals.
+    """
+    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(others)))
+    return jax.tree.map(lambda x: _vary(x, axes - _varying(x)), tree)
+
+
+def _varying(x: Array) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _vary(x: Array, axes: frozenset[str]) -> Array:
+    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x

@@ -15,8 +15,7 @@ from jaxheads.typing import Array, PyTree
 Rotate = Callable[[Array, Array], Array]
 
 
-def _static(default):
-    return dataclasses.field(default=default, metadata={"static": True})
+_STATIC = {"static": True}
 
 
 @jax.tree_util.register_dataclass
@@ -49,12 +48,12 @@ class AttentionContext:
     alibi_slopes: Array | None = None
     x: Array | None = None
     layer: Array | None = None
-    tap: Tap = _static(NO_TAP)
-    rotate: Rotate | None = _static(None)
-    k_is_rotated: bool = _static(False)
-    scale: float | None = _static(None)
-    soft_cap: float | None = _static(None)
-    implementation: str = _static("auto")
+    tap: Tap = dataclasses.field(default=NO_TAP, metadata=_STATIC)
+    rotate: Rotate | None = dataclasses.field(default=None, metadata=_STATIC)
+    k_is_rotated: bool = dataclasses.field(default=False, metadata=_STATIC)
+    scale: float | None = dataclasses.field(default=None, metadata=_STATIC)
+    soft_cap: float | None = dataclasses.field(default=None, metadata=_STATIC)
+    implementation: str = dataclasses.field(default="auto", metadata=_STATIC)
 
 
 class HeadsOut(NamedTuple):

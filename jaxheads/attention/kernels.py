@@ -133,6 +133,7 @@ def _splash_kernel(request: Request, context: int) -> Any:
         head_shards=1,  # every head has the same mask, so shards of heads share its tables
         q_seq_shards=context,
         attn_logits_soft_cap=request.soft_cap,
+        interpret=request.platform != "tpu",  # for tests; selection never gets here off TPU
         block_sizes=splash.BlockSizes(
             block_q=block_q,
             block_kv=block_k,

@@ -22,8 +22,7 @@ MASK_VALUE = float(jnp.finfo(jnp.float32).min) / 2
 Span: TypeAlias = tuple[int | Array, int]  # (start, size); the start may be traced
 
 
-def _static(default):
-    return dataclasses.field(default=default, metadata={"static": True})
+_STATIC = {"static": True}
 
 
 @jax.tree_util.register_dataclass
@@ -50,8 +49,8 @@ class Mask:
       head_mask: bool, broadcastable to [B,H,T,S].
     """
 
-    is_causal: bool = _static(False)
-    window: int | None = _static(None)
+    is_causal: bool = dataclasses.field(default=False, metadata=_STATIC)
+    window: int | None = dataclasses.field(default=None, metadata=_STATIC)
     q_index: Array | None = None
     k_index: Array | None = None
     q_segment_ids: Array | None = None
@@ -145,12 +144,12 @@ class Mask:
         k_segment_ids = self.q_segment_ids if share else self.k_segment_ids
         return dataclasses.replace(
             self,
-            q_index=_pad_end(self.q_index, num_queries, mode="edge"),
-            k_index=_pad_end(self.k_index, num_keys, mode="edge"),
-            q_segment_ids=_pad_end(self.q_segment_ids, num_queries),
-            k_segment_ids=_pad_end(k_segment_ids, num_keys),
-            key_mask=_pad_end(self.key_mask, num_keys),
-            head_mask=_pad_end(_pad_end(self.head_mask, num_keys), num_queries, axis=-2),
+            q_index=pad_end(self.q_index, num_queries, mode="edge"),
+            k_index=pad_end(self.k_index, num_keys, mode="edge"),
+            q_segment_ids=pad_end(self.q_segment_ids, num_queries),
+            k_segment_ids=pad_end(k_segment_ids, num_keys),
+            key_mask=pad_end(self.key_mask, num_keys),
+            head_mask=pad_end(pad_end(self.head_mask, num_keys), num_queries, axis=-2),
         )
 
     def _default_indices(self) -> bool:
@@ -182,19 +181,19 @@ class Mask:
         if self.q_segment_ids is None:
             return None
         keys = self.q_segment_ids if self.k_segment_ids is None else self.k_segment_ids
-        q = _take(self.q_segment_ids, q_span, axis=-1)[:, None, :, None]
-        k = _take(keys, k_span, axis=-1)[:, None, None, :]
+        q = take(self.q_segment_ids, q_span, axis=-1)[:, None, :, None]
+        k = take(keys, k_span, axis=-1)[:, None, None, :]
         return (q == k) & (k != 0)
 
     def _key_tile(self, k_span: Span) -> Array | None:
         if self.key_mask is None:
             return None
-        return _take(self.key_mask, k_span, axis=-1)[:, None, None, :]
+        return take(self.key_mask, k_span, axis=-1)[:, None, None, :]
 
     def _head_tile(self, q_span: Span, k_span: Span) -> Array | None:
         if self.head_mask is None:
             return None
-        return _take(_take(as_4d(self.head_mask), q_span, axis=-2), k_span, axis=-1)
+        return take(take(as_4d(self.head_mask), q_span, axis=-2), k_span, axis=-1)
 
 
 def as_4d(x: Array) -> Array:
@@ -205,10 +204,10 @@ def as_4d(x: Array) -> Array:
 def _indices(index: Array | None, span: Span) -> Array:
     if index is None:
         return span[0] + jnp.arange(span[1], dtype=jnp.int32)
-    return _take(index, span, axis=-1).astype(jnp.int32)
+    return take(index, span, axis=-1).astype(jnp.int32)
 
 
-def _take(x: Array, span: Span, axis: int) -> Array:
+def take(x: Array, span: Span, axis: int) -> Array:
     """A span of one axis; an axis of size one broadcasts and is left alone."""
     start, size = span
     length = x.shape[axis]
@@ -217,7 +216,7 @@ def _take(x: Array, span: Span, axis: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis=axis)
 
 
-def _pad_end(x: Array | None, length: int, axis: int = -1, mode: str = "constant") -> Array | None:
+def pad_end(x: Array | None, length: int, axis: int = -1, mode: str = "constant") -> Array | None:
     """Pads one axis at its end; absent arrays and broadcast axes stay as they are."""
     if x is None or x.ndim < -axis or x.shape[axis] in (1, length):
         return x

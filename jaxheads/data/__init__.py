@@ -1,4 +1,4 @@
-"""Text in, batches out: tokenizers, corpora, packed and checkpointable training data, task files."""
+"""Text in, batches out: tokenizers, corpora, packed and checkpointable batches, task files."""
 
 from jaxheads.data.packing import merge_states
 from jaxheads.data.pipeline import BatchIterator, DataConfig, eval_batches, make_dataset

@@ -104,9 +104,15 @@ class PackedBatches:
     def __next__(self) -> Batch:
         batch = empty_batch(len(self._rows), self._seq_len, self._pad_id)
         slot = self._step % self._interleave
-        for row, global_row in enumerate(self._rows):
-            draw = (self._step * self._batch_size + global_row) * _GOLDEN % 2**64
-            self._fill(batch, row, (bisect.bisect_right(self._thresholds, draw), slot, row))
+        before = self._documents.copy(), self._used.copy()
+        try:
+            for row, global_row in enumerate(self._rows):
+                draw = (self._step * self._batch_size + global_row) * _GOLDEN % 2**64
+                self._fill(batch, row, (bisect.bisect_right(self._thresholds, draw), slot, row))
+        except BaseException:  # a batch is made whole or not at all
+            self._documents, self._used = before
+            self._open.clear()
+            raise
         self._step += 1
         return batch
 

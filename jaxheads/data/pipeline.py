@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxheads.data.packing import Batch, PackedBatches, pack_once
+from jaxheads.data.readahead import ReadAhead
 from jaxheads.data.text import SPLITS, Source, open_source
 from jaxheads.data.tokenizer import BYTES, Tokenizer
 
@@ -204,12 +205,10 @@ def make_dataset(
         | {
             "data": [source.digest for source in sources],
             "weights": weights,
-            "vocab_size": tokenizer.vocab_size,
+            "tokenizer": tokenizer.digest,
         },
     )
-    if not cfg.prefetch:
-        return batches
-    return grain.experimental.ThreadPrefetchDatasetIterator(batches, cfg.prefetch)
+    return ReadAhead(batches, cfg.prefetch) if cfg.prefetch else batches
 
 
 def eval_batches(

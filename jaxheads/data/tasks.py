@@ -105,14 +105,13 @@ def _example(row: Any, where: str) -> TaskExample:
         row = {"prompt": row[0], "answer": row[1]}
     if not isinstance(row, Mapping):
         raise ValueError(f"{where} is a {type(row).__name__}; it must be an object")
-    for prompt_field, answer_field, wrong_field in _LAYOUTS:
-        if answer_field in row and (prompt_field is None or prompt_field in row):
-            break
-    else:
+    layout = next((kind for kind in _LAYOUTS if all(f in row for f in kind[:2] if f)), None)
+    if layout is None:
         raise ValueError(
             f"{where} has the fields {', '.join(map(repr, row)) or '(none)'}; it needs 'prompt' "
             "and 'answer' (and 'distractors', a list of wrong answers)"
         )
+    prompt_field, answer_field, wrong_field = layout
     prompt = "" if prompt_field is None else _text(row, prompt_field, where)
     answer = _text(row, answer_field, where)
     wrong = row.get(wrong_field, []) if wrong_field else []
@@ -123,7 +122,7 @@ def _example(row: Any, where: str) -> TaskExample:
         wrong = [option for option in _OPTION.findall(prompt) if option != answer]
     if not answer:
         raise ValueError(f"{where}: {answer_field!r} is empty; there is nothing to score")
-    if answer in wrong:
+    if answer in wrong and answer_field != "good":  # BLiMP as published holds one equal pair
         raise ValueError(f"{where}: the answer {answer!r} is also among {wrong_field!r}")
     return TaskExample(prompt, answer, tuple(wrong))
 

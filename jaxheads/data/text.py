@@ -34,9 +34,10 @@ import numpy as np
 STDLIB = "stdlib"
 SPLITS = ("train", "validation", "all")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
-TEXT_SUFFIXES = tuple(
-    ".c .cc .cpp .css .csv .go .h .hpp .html .java .js .md .py .pyi .rs .rst .sh .tex .text .toml "
-    ".ts .tsv .txt .xml .yaml .yml".split()
+TEXT_SUFFIXES = (
+    *(".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv"),
+    *(".py", ".pyi", ".c", ".cc", ".cpp", ".h", ".hpp", ".css", ".go", ".java", ".js", ".rs"),
+    *(".sh", ".toml", ".ts", ".yaml", ".yml"),
 )
 _UNREADABLE = {
     ".json": "write one JSON object per line and name it .jsonl",
@@ -169,8 +170,7 @@ def open_source(
                 for offset, length, text in _scan(file, field, max_document_bytes):
                     if text.strip():
                         index.extend((len(files), offset, length))
-                        data = text.encode("utf-8", errors="surrogatepass")
-                        hashes += hashlib.blake2b(data, digest_size=8).digest()
+                        hashes += hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
             except _UndecodableError:
                 if not skip_undecodable:
                     raise
@@ -242,9 +242,7 @@ def _walk(root: str, accepts: Callable[[str], bool], skip: set[str]) -> list[str
         subdirectories[:] = sorted(
             d for d in subdirectories if d not in skip and not d.startswith(".")
         )
-        found += [
-            os.path.join(directory, n) for n in names if not n.startswith(".") and accepts(n)
-        ]
+        found += [os.path.join(directory, n) for n in names if not n.startswith(".") and accepts(n)]
     return sorted(found, key=lambda name: Path(name).relative_to(root).parts)
 
 
@@ -257,7 +255,7 @@ def _open_file(name: str, copies: list[str]) -> _File:
     handle, copy = tempfile.mkstemp(prefix="jaxheads-", suffix=suffix)
     copies.append(copy)
     try:
-        with gzip.open(name) as packed, os.fdopen(handle, "wb") as unpacked:
+        with os.fdopen(handle, "wb") as unpacked, gzip.open(name) as packed:
             shutil.copyfileobj(packed, unpacked, 1 << 20)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(
@@ -304,6 +302,13 @@ def _json_text(line: bytes, where: str, field: str) -> str:
         raise ValueError(
             f"{where}: field {field!r} holds a {type(row[field]).__name__}; it must be a string"
         )
+    try:
+        row[field].encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair: "\\ud83d"
+        raise ValueError(
+            f"{where}: field {field!r} is not Unicode text ({error}); remove the line or write the "
+            "file again with whole characters"
+        ) from error
     return row[field]
 
 

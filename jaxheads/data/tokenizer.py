@@ -6,6 +6,7 @@ vocabulary (384) divides evenly over 128-wide TPU lanes and any usual `model` me
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ _SPECIAL_FILES = (
     "generation_config.json",
     "config.json",
 )
+_MARK = "jaxheads_tokenizer"  # key of tokenizer_config.json: the file stands for 'bytes'
 _RESAVE = (
     "convert it once with transformers: "
     "AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY) writes a tokenizer.json"
@@ -31,7 +33,7 @@ _RESAVE = (
 _UNSUPPORTED = {
     ".model": f"is a sentencepiece model; {_RESAVE}",
     ".tiktoken": f"is a tiktoken file; {_RESAVE}",
-    ".bin": "holds model weights, not a tokenizer; give a tokenizer.json, its directory, or 'bytes'",
+    ".bin": "holds model weights, not a tokenizer; give a tokenizer.json or its directory",
     ".safetensors": "holds model weights, not a tokenizer; give a tokenizer.json or its directory",
 }
 for _suffix in (".pt", ".pth", ".pkl", ".pickle"):
@@ -68,11 +70,20 @@ class Tokenizer:
         self.eos_id = special.get("eos")
         self.vocab_size = _BYTE_VOCAB_SIZE
         if backend is not None:
-            self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+            self.vocab_size = 1 + max(
+                backend.get_vocab(with_added_tokens=True).values(), default=-1
+            )
         self.adds_bos = self.bos_id is not None and (add_bos or self._template_adds_bos())
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.spec!r}, vocab_size={self.vocab_size})"
+
+    @property
+    def digest(self) -> str:
+        """A short hash of what the tokenizer does, wherever its file lies."""
+        text = BYTES if self._backend is None else self._backend.to_str()
+        text += f" {self.bos_id} {self.eos_id} {self.adds_bos}"
+        return hashlib.blake2b(text.encode("utf-8"), digest_size=8).hexdigest()
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -90,6 +101,8 @@ class Tokenizer:
         if str(path) == BYTES:
             return cls(None, BYTES, BYTES, _BYTE_SPECIALS, add_bos=True)
         file = _find_file(Path(path).expanduser())
+        if _read_config(file.parent / _SPECIAL_FILES[0]).get(_MARK) == BYTES:
+            return cls.load(BYTES)
         backend = _read_backend(file)
         backend.no_truncation()
         backend.no_padding()
@@ -102,6 +115,27 @@ class Tokenizer:
 
     def _ids(self, text: str, add_special: bool) -> np.ndarray:
         return np.asarray(self._backend.encode(text, add_special_tokens=add_special).ids, np.int32)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, which `load` and transformers read.
+
+        For bytes this is a byte-level tokenizer without merges, so that other libraries get the
+        same ids; `load` knows it and gives bytes again.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        backend = _byte_backend() if self._backend is None else self._backend
+        backend.save(str(directory / "tokenizer.json"))
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        ids = {"pad": self.pad_id, "bos": self.bos_id, "eos": self.eos_id}
+        config |= {
+            f"{kind}_token": backend.id_to_token(i) for kind, i in ids.items() if i is not None
+        }
+        if self._backend is None:
+            config[_MARK] = BYTES
+        if self.bos_id is not None:
+            config["add_bos_token"] = self.adds_bos
+        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def encode(self, text: str, *, add_bos: bool | None = None) -> np.ndarray:
         """Token ids of a text.
@@ -147,7 +181,7 @@ class Tokenizer:
                 f"decode takes ids [N] of an integer type, got shape {ids.shape} {ids.dtype}; "
                 "decode the rows of a batch one by one"
             )
-        if ids.size and not (0 <= ids.min() and ids.max() < self.vocab_size):
+        if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
             bad = ids[(ids < 0) | (ids >= self.vocab_size)][0]
             raise ValueError(
                 f"token id {bad} is outside the vocabulary of {self.name!r} (0 to "
@@ -155,7 +189,7 @@ class Tokenizer:
             )
         if self._backend is not None:
             return self._backend.decode(ids.tolist(), skip_special_tokens=skip_special)
-        names = {} if skip_special else {i: f"<{n}>".encode() for n, i in _BYTE_SPECIALS.items()}
+        names = {} if skip_special else {i: f"<|{n}|>".encode() for n, i in _BYTE_SPECIALS.items()}
         parts = (bytes([i]) if i < 256 else names.get(i, b"") for i in ids.tolist())
         return b"".join(parts).decode("utf-8", errors="replace")
 
@@ -202,15 +236,7 @@ def _read_special(directory: Path, backend: Any) -> tuple[dict[str, int], bool]:
     special: dict[str, int] = {}
     add_bos = False
     for name in _SPECIAL_FILES:
-        file = directory / name
-        if not file.is_file():
-            continue
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"{file} beside the tokenizer is not valid JSON ({error}); repair or remove it"
-            ) from error
+        config = _read_config(directory / name)
         add_bos = add_bos or config.get("add_bos_token") is True
         for kind in ("pad", "bos", "eos"):
             token, index = config.get(f"{kind}_token"), config.get(f"{kind}_token_id")
@@ -223,3 +249,42 @@ def _read_special(directory: Path, backend: Any) -> tuple[dict[str, int], bool]:
             if kind not in special and isinstance(index, int):
                 special[kind] = index
     return special, add_bos
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{file} beside the tokenizer is not valid JSON ({error}); repair or remove it"
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{file} beside the tokenizer must hold a JSON object; repair or remove it"
+        )
+    return config
+
+
+def _byte_backend() -> Any:
+    """The byte tokenizer in the format of the tokenizers library."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    # Byte-level BPE writes a byte as its Latin-1 character when that is printable, and numbers
+    # the others from U+0100 in order.
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [b for b in range(256) if b not in printable]
+    vocab = {chr(b if b in printable else 256 + others.index(b)): b for b in range(256)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    names = [f"<|{kind}|>" for kind in _BYTE_SPECIALS]
+    names += [f"<|reserved_{i}|>" for i in range(256 + len(names), _BYTE_VOCAB_SIZE)]
+    backend.add_special_tokens(names)
+    bos = "<|bos|>"
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, _BYTE_SPECIALS["bos"])]
+    )
+    return backend

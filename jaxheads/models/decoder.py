@@ -246,14 +246,21 @@ def forward(
         positions or than the room left in the cache, and taps the model cannot honour.
     """
     cfg = model.cfg
-    batch, length = _check_inputs(cfg, tokens, positions, segment_ids, cache, embeddings)
+    _check_inputs(cfg, tokens, positions, segment_ids, cache, embeddings)
     taps.check(sites(cfg), cfg.num_layers, f"{cfg.family} decoder")
+    return _forward(model, tokens, positions, segment_ids, cache, embeddings, taps)
+
+
+@jax.jit  # so that a call outside any jit is one program too, not an op at a time
+def _forward(model: Decoder, tokens, positions, segment_ids, cache, embeddings, taps: Taps):
+    cfg = model.cfg
+    batch, length = jnp.shape(tokens if embeddings is None else embeddings)[:2]
     if positions is None:
         positions = default_positions((batch, length), segment_ids, cache)
     tap = Tap(taps.only(OUTER_SITES), TapContext(None, positions, segment_ids))
 
     if embeddings is None:
-        x = embed_tokens(model, jnp.asarray(tokens))
+        x = embed_tokens(model, tokens)
     else:
         x = jnp.asarray(embeddings, compute_dtype(cfg))
     x = tap("embed", x)
@@ -287,8 +294,8 @@ def forward(
     return Output(logits, cache, seen, x, aux)
 
 
-def _check_inputs(cfg, tokens, positions, segment_ids, cache, embeddings) -> tuple[int, int]:
-    """Raise for inputs that do not fit; returns (B, T)."""
+def _check_inputs(cfg, tokens, positions, segment_ids, cache, embeddings) -> None:
+    """Raise for inputs that do not fit."""
     if embeddings is not None:
         if jnp.ndim(embeddings) != 3 or jnp.shape(embeddings)[-1] != cfg.model_dim:
             raise ValueError(
@@ -329,14 +336,14 @@ def _check_inputs(cfg, tokens, positions, segment_ids, cache, embeddings) -> tup
                 f"the cache has {cache.num_slots} slots, {used} of them used: no room for "
                 f"{length} more tokens; make it longer with init_cache."
             )
-    return batch, length
 
 
 def check_token_ids(tokens: Array | np.ndarray, vocab_size: int) -> None:
     """Raise when known token ids lie outside the vocabulary (traced ones are not looked at)."""
     if isinstance(tokens, jax.core.Tracer) or not getattr(tokens, "is_fully_addressable", True):
         return
-    low, high = int(np.min(tokens, initial=0)), int(np.max(tokens, initial=0))
+    ids = np.asarray(tokens)
+    low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
     if low < 0 or high >= vocab_size:
         raise ValueError(
             f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size} "

@@ -1,18 +1,86 @@
-"""Model FLOPs, peak FLOP/s, throughput."""
+"""What a training step costs and how fast it runs: model FLOPs, peaks, throughput."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 
-def flops_per_token(cfg, seq_len: int) -> float:
-    """Model FLOPs a trained token costs, forward and backward."""
-    raise NotImplementedError
+import jax
+
+from jaxheads.models import ModelConfig
+
+# Dense bfloat16 FLOP/s of one device as JAX counts devices, from the vendors' data sheets. The
+# first entry contained in the device kind counts. A v4 or v5p device is a chip (two cores);
+# Ironwood shows its two chiplets as two devices.
+_PEAKS: Mapping[str, float] = {
+    "TPU v4 lite": 138e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,
+    "TPU v7x": 1153.5e12,
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+}
 
 
-def peak_flops(device=None) -> float | None:
-    """Peak dense bfloat16 FLOP/s of one device, None where unknown."""
-    raise NotImplementedError
+def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
+    """Model FLOPs a trained token costs, forward and backward.
+
+        6 N + 6 sum_layers 2 H D s,    s = (mean number of visible keys)
+
+    N counts the parameters that multiply activations: all but position tables and, when the
+    output projection is separate, the token table that is only looked up. Each of ``q k^T`` and
+    ``p v`` costs 2 H D per visible key forward, and twice that backward. Causality and sliding
+    windows are counted (s = (T+1)/2 for full attention), recomputation is not: FLOPs the model
+    needs, not FLOPs the machine spends.
+    """
+    table = cfg.vocab_size * cfg.embed_dim
+    params = cfg.num_params - (0 if cfg.tie_embeddings else table)
+    if cfg.positions == "learned":
+        params -= (cfg.max_positions + cfg.position_offset) * cfg.model_dim
+    visible = 0.0
+    for layer in range(cfg.num_layers):
+        window = cfg.pattern[layer % len(cfg.pattern)].window or seq_len
+        w = min(window, seq_len)
+        visible += w - w * (w - 1) / (2 * seq_len)
+    return 6.0 * params + 12.0 * cfg.num_heads * cfg.head_dim * visible
 
 
-def throughput(cfg, *, tokens, seq_len, seconds, devices=None) -> dict[str, float | None]:
-    """tokens_per_second, tokens_per_second_per_device, model_flops_per_second, mfu (or None)."""
-    raise NotImplementedError
+def peak_flops(device: jax.Device | str | None = None) -> float | None:
+    """Peak dense bfloat16 FLOP/s of one device (or device kind), None where unknown."""
+    device = jax.devices()[0] if device is None else device
+    kind = device if isinstance(device, str) else device.device_kind
+    return next((peak for name, peak in _PEAKS.items() if name.lower() in kind.lower()), None)
+
+
+def throughput(
+    cfg: ModelConfig,
+    *,
+    tokens: float,
+    seq_len: int,
+    seconds: float,
+    devices: Sequence[jax.Device] | None = None,
+) -> dict[str, float | None]:
+    """Speed of a run that trained on `tokens` tokens in `seconds`.
+
+    Returns:
+      tokens_per_second, tokens_per_second_per_device, model_flops_per_second, and mfu: the share
+      of the devices' peak, None where the peak is unknown.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    rate = tokens / seconds
+    flops = rate * flops_per_token(cfg, seq_len)
+    peak = peak_flops(devices[0])
+    return {
+        "tokens_per_second": rate,
+        "tokens_per_second_per_device": rate / len(devices),
+        "model_flops_per_second": flops,
+        "mfu": None if peak is None else flops / (peak * len(devices)),
+    }

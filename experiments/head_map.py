@@ -1,0 +1,160 @@
+"""What each attention head of a decoder does, as four maps of layers x heads.
+
+    previous token   mean attention from a token to the one before it
+    first token      mean attention to the first token (a resting place)
+    induction        attention from the second half of a random sequence repeated twice to the token
+                     that followed the same token in the first half (Olsson et al., 2022,
+                     arXiv:2209.11895)
+    loss increase    loss on held-out text with the head's output set to zero, minus the loss
+                     without an edit, in nats per token
+
+Offline, after `make demo` has trained a model (about 20 seconds on two cores):
+
+    python -m experiments.head_map --model=runs/demo
+
+At real scale, on any Hugging Face directory and any mesh:
+
+    python -m experiments.head_map --model=/path/to/Llama-3.1-8B --data=corpus.jsonl --mesh=model:8
+
+It writes head_map.json (scores), head_map.png and heads.json (the heads whose loss increase is
+largest, which `launch.evaluate --heads` reads) to --workdir.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags as absl_flags
+
+import jaxheads as jh
+from jaxheads.data import DataConfig, Tokenizer, eval_batches
+from jaxheads.typing import Array
+from jaxheads.viz import head_map, head_table
+from launch import flags
+
+def attention_at_offset(pattern: Array, *, offset: int, first: int) -> Array:
+    """[B,H,T,S] -> [H]: mean over queries t >= first of the attention from t to t - offset."""
+    num_queries = pattern.shape[2]
+    t = jnp.arange(max(first, offset), num_queries)
+    return jnp.mean(pattern[:, :, t, t - offset], axis=(0, 2))
+
+
+def attention_to_first(pattern: Array) -> Array:
+    """[B,H,T,S] -> [H]: mean attention of later queries to key 0."""
+    return jnp.mean(pattern[:, :, 1:, 0], axis=(0, 2))
+
+
+def _text_maps(pattern: Array) -> tuple[Array, Array]:
+    return attention_at_offset(pattern, offset=1, first=1), attention_to_first(pattern)
+
+
+def induction_scores(model: jh.Decoder, *, length: int, batch_size: int, seed: int) -> Array:
+    """[L,H] induction score on random tokens [B, 2 * length] that repeat after `length`."""
+    half = np.random.default_rng(seed).integers(0, model.cfg.vocab_size, (batch_size, length))
+    reduce = partial(attention_at_offset, offset=length - 1, first=length)
+    fwd = jh.record(jh.forward, "pattern", reduce=reduce)
+    return jax.jit(fwd)(model, np.tile(half, 2).astype(np.int32)).seen["pattern"]
+
+
+def batch_loss(gates: Array, model: jh.Decoder, batch: dict[str, Array]) -> Array:
+    """Mean cross-entropy, nats per token, with heads scaled by gates [L,H]."""
+    out = jh.scale_heads(jh.forward, gates)(
+        model, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+    )
+    log_probs = jax.nn.log_softmax(out.logits)
+    taken = jnp.take_along_axis(log_probs, batch["targets"][..., None], axis=-1)[..., 0]
+    return -jnp.sum(taken * batch["weights"]) / jnp.sum(batch["weights"])
+
+
+def head_maps(model: jh.Decoder, batch: dict[str, Array], *, seed: int = 0) -> dict[str, Array]:
+    """The four maps [L,H] of the module's docstring."""
+    num_layers, num_heads = model.cfg.num_layers, model.cfg.num_heads
+    fwd = jh.record(jh.forward, "pattern", reduce=_text_maps)
+    previous, first = jax.jit(fwd)(
+        model,
+        batch["tokens"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+    ).seen["pattern"]
+    batch_size, length = batch["tokens"].shape
+    induction = induction_scores(model, length=length // 2, batch_size=batch_size, seed=seed)
+
+    @jax.jit
+    def increases(model, batch, gates):
+        baseline = batch_loss(jnp.ones((num_layers, num_heads)), model, batch)
+        return jh.sweep(lambda g: batch_loss(g, model, batch), gates, batch_size=4) - baseline
+
+    increase = increases(model, batch, jh.heads.leave_one_out(num_layers, num_heads))
+    return {
+        "previous token": previous,
+        "first token": first,
+        "induction": induction,
+        "loss increase": increase.reshape(num_layers, num_heads),
+    }
+
+
+def define_flags() -> None:
+    """Defines the flags of this script."""
+    flags.define_common()
+    text, number = absl_flags.DEFINE_string, absl_flags.DEFINE_integer
+    text("model", "runs/demo", "Model directory or training workdir.")
+    text("data", "stdlib", "Held-out text the maps are computed on.")
+    text("workdir", None, "Where results go; default: MODEL/head_map.")
+    text("mesh", "", "Device mesh, such as data:2,model:4.")
+    number("batch_size", 8, "Sequences.", lower_bound=1)
+    number("seq_len", 128, "Tokens a sequence.", lower_bound=4)
+    number("top", 4, "Heads written to heads.json.", lower_bound=1)
+    number("seed", 0, "Seed of the random repeated sequence.")
+
+
+def main() -> None:
+    """Compute the maps, print them, and write them to the workdir."""
+    given = absl_flags.FLAGS
+    mesh = jh.parallel.make_mesh(given.mesh)
+    model = jh.load(given.model, mesh=mesh)
+    has_tokenizer = (Path(given.model) / "tokenizer.json").is_file()
+    data = DataConfig(
+        path=given.data,
+        tokenizer=str(given.model) if has_tokenizer else "bytes",
+        split="validation",
+        batch_size=given.batch_size,
+        seq_len=given.seq_len,
+    )
+    batch = {k: jnp.asarray(v) for k, v in next(iter(eval_batches(data, limit=1))).items()}
+    with jax.set_mesh(mesh):
+        maps = {k: np.asarray(v) for k, v in head_maps(model, batch, seed=given.seed).items()}
+
+    workdir = Path(given.workdir or Path(given.model) / "head_map")
+    workdir.mkdir(parents=True, exist_ok=True)
+    for name, values in maps.items():
+        print(f"\n{name}\n{head_table(values)}")
+    flags.write_json(
+        workdir / "head_map.json",
+        {**flags.provenance(), "maps": {name: values.tolist() for name, values in maps.items()}},
+    )
+    increase = maps["loss increase"]
+    head_map(increase, workdir / "head_map.png", title="loss increase (nats)")
+    heads = jh.heads.top_k(increase, min(given.top, increase.size))
+    jh.heads.to_json(
+        workdir / "heads.json",
+        num_layers=model.cfg.num_layers,
+        num_heads=model.cfg.num_heads,
+        heads=heads,
+        model=given.model,
+        meta={"method": "loss increase under zero ablation", "data": given.data},
+    )
+    print(
+        f"\nThe {len(heads)} heads the model needs most: "
+        f"{', '.join(jh.heads.label(h) for h in heads)} (layer.head). To evaluate without them:\n"
+        f"  python -m launch.evaluate --model={given.model} --data={given.data} "
+        f"--heads={workdir / 'heads.json'} --edit=ablate"
+    )
+
+
+if __name__ == "__main__":
+    define_flags()
+    flags.run(main)
