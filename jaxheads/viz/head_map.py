@@ -21,10 +21,6 @@ def _values(values: ArrayLike) -> np.ndarray:
     return array.astype(np.float64)
 
 
-def _is_signed(values: np.ndarray) -> bool:
-    return bool(np.nanmin(values, initial=0) < 0)
-
-
 def head_table(values: ArrayLike, *, title: str = "", decimals: int = 2) -> str:
     """A map [L,H] in plain text: one line a layer, a shade and the number for each head.
 
@@ -63,7 +59,7 @@ def head_map(
 ) -> Any:
     """A map [L,H] as a matplotlib figure, written to `path` as a PNG when given.
 
-    Values of both signs get a diverging scale centred at zero, others a sequential one.
+    Negative values give a diverging scale centred at zero, others a sequential one from zero.
 
     Args:
       values: [L,H] numbers; NaN is left blank.
@@ -87,9 +83,9 @@ def head_map(
     layers, heads = array.shape
     figure = Figure(figsize=(2 + 0.35 * heads, 1.5 + 0.35 * layers), layout="constrained")
     axes = figure.add_subplot()
-    bound = float(np.nanmax(np.abs(array), initial=0)) or 1.0
-    scale = {"cmap": "RdBu_r", "vmin": -bound, "vmax": bound} if _is_signed(array) else {}
-    image = axes.imshow(array, **({"cmap": "viridis"} | scale), aspect="equal")
+    bound = float(np.abs(array[np.isfinite(array)]).max(initial=0)) or 1.0
+    colours, low = ("RdBu_r", -bound) if np.nanmin(array, initial=0) < 0 else ("viridis", 0.0)
+    image = axes.imshow(array, cmap=colours, vmin=low, vmax=bound, aspect="equal")
     axes.set(xlabel="head", ylabel="layer", title=title)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
