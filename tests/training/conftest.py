@@ -12,6 +12,7 @@ def compile_once(tmp_path_factory):
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_disable_most_optimizations": True,  # these programs run for milliseconds
     }
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
