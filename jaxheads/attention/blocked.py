@@ -23,13 +23,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxheads.attention.dense import (
+    TINY,
     alibi_penalty,
     distance,
     group_heads,
     group_rows,
+    ungroup_lse,
     ungroup_rows,
 )
-from jaxheads.attention.masks import MASK_VALUE, Mask, Span, as_4d, pad_end, take
+from jaxheads.attention.masks import FLOOR, Mask, Span, as_4d, pad_end, penalty, take
 from jaxheads.typing import Array, PyTree
 
 BLOCK_Q = 256
@@ -94,7 +96,7 @@ def blocked_attention(
     Returns:
       z [B,T,H,W] in the dtype of q and lse [B,H,T] float32.
     """
-    batch, num_queries, num_heads, _ = q.shape
+    num_queries, num_heads = q.shape[1:3]
     num_keys, num_kv_heads = k.shape[1:3]
     groups = (num_kv_heads, num_heads // num_kv_heads)
     block_q, block_k = min(block_q, num_queries), min(block_k, num_keys)
@@ -116,9 +118,7 @@ def blocked_attention(
     arrays, mask = _vary_like((arrays, mask), arrays, mask)
     z, lse = _attend(static, arrays, mask)
     z = ungroup_rows(z, padded_queries)[:, :num_queries]
-    lse = lse.reshape(batch, num_kv_heads, padded_queries, -1)
-    lse = jnp.einsum("bktg->bkgt", lse).reshape(batch, num_heads, padded_queries)
-    return z, lse[..., :num_queries]
+    return z, ungroup_lse(lse, padded_queries)[..., :num_queries]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -140,16 +140,14 @@ def _attend_block(static: _Static, arrays: _Arrays, mask: Mask, q_start: Array):
         v = _keys(static, arrays.v, k_start)
         scores, _ = _scores(static, arrays, mask, q, q_start, k_start)
         new_highest = jnp.maximum(highest, scores.max(axis=-1))
-        # While nothing was visible the shift is zero, and masked scores underflow to zero.
-        shift = jnp.where(new_highest <= MASK_VALUE / 2, 0.0, new_highest)
-        weights = jnp.exp(scores - shift[..., None])
-        keep = jnp.exp(highest - shift)
+        weights = jnp.exp(scores - new_highest[..., None])
+        keep = jnp.exp(highest - new_highest)
         new = _dot("bkxs,bksw->bkxw", weights.astype(v.dtype), v)
         return z * keep[..., None] + new, new_highest, total * keep + weights.sum(axis=-1)
 
     shape = q.shape[:-1]
     if arrays.sinks is None:
-        highest = jnp.full(shape, MASK_VALUE, jnp.float32)
+        highest = jnp.full(shape, FLOOR, jnp.float32)
         total = jnp.zeros(shape, jnp.float32)
     else:
         highest = jnp.broadcast_to(_sink_rows(static, arrays.sinks, shape[-1]), shape)
@@ -158,10 +156,8 @@ def _attend_block(static: _Static, arrays: _Arrays, mask: Mask, q_start: Array):
     start = _vary_like((z, highest, total), arrays, mask)
     low, high = _block_range(static, mask, q_start)
     z, highest, total = jax.lax.fori_loop(low, high, visit, start)
-    is_empty = total == 0
-    z = z / jnp.where(is_empty, 1.0, total)[..., None]
-    lse = jnp.where(is_empty, -jnp.inf, highest + jnp.log(total))
-    return z.astype(q.dtype), lse
+    z = z * (1 / jnp.maximum(total, TINY))[..., None]
+    return z.astype(q.dtype), highest + jnp.log(total)
 
 
 def _scores(static: _Static, arrays: _Arrays, mask: Mask, q: Array, q_start, k_start):
@@ -169,15 +165,13 @@ def _scores(static: _Static, arrays: _Arrays, mask: Mask, q: Array, q_start, k_s
     q_span, k_span = (q_start, static.block_q), (k_start, static.block_k)
     groups = static.groups
     scores = static.scale * _dot("bkxd,bksd->bkxs", q, _keys(static, arrays.k, k_start))
-    rows = scores.shape
     slope_of_cap = None
     if static.soft_cap is not None:
         capped = jnp.tanh(scores / static.soft_cap)
         scores, slope_of_cap = static.soft_cap * capped, 1 - capped**2
-    scores = _by_position(static, scores)
     if arrays.bias is not None:
         bias = take(take(arrays.bias, q_span, axis=-2), k_span, axis=-1)
-        scores = scores + group_heads(bias, groups).astype(jnp.float32)
+        scores = scores + group_heads(bias.astype(jnp.float32), groups, static.block_q)
     if arrays.slopes is not None:
         scores = scores - alibi_penalty(arrays.slopes, groups, mask, q_span, k_span)
     visible = mask.tile(q_span, k_span)
@@ -185,8 +179,8 @@ def _scores(static: _Static, arrays: _Arrays, mask: Mask, q: Array, q_start, k_s
         is_key = (k_start + jnp.arange(static.block_k) < static.num_keys)[None, None, None]
         visible = is_key if visible is None else visible & is_key
     if visible is not None:
-        scores = jnp.where(group_heads(visible, groups), scores, MASK_VALUE)
-    return scores.reshape(rows), slope_of_cap
+        scores = scores + group_heads(penalty(visible), groups, static.block_q)
+    return scores, slope_of_cap
 
 
 def _attend_fwd(static: _Static, arrays: _Arrays, mask: Mask):
@@ -232,7 +226,7 @@ def _backward_block(static, arrays, mask, q_start, dz, lse, delta, grads):
     q, dz = _rows(static, arrays.q, q_start), _rows(static, dz, q_start)
     lse = _rows(static, lse[..., None], q_start)
     delta = _rows(static, delta[..., None], q_start)
-    shift = jnp.where(jnp.isneginf(lse), 0.0, lse)
+    shift = jnp.maximum(lse, FLOOR)
     q_span = (q_start, static.block_q)
 
     def visit(j, carry):

@@ -12,9 +12,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxheads.attention.masks import MASK_VALUE, Mask, Span, as_4d
+from jaxheads.attention.masks import FLOOR, MASK_VALUE, Mask, Span, as_4d, penalty
 from jaxheads.taps import NO_TAP, Tap
 from jaxheads.typing import Array
+
+TINY = float(jnp.finfo(jnp.float32).tiny)  # below the denominator of any row that sees a key
 
 
 def dense_attention(
@@ -47,43 +49,41 @@ def dense_attention(
       z [B,T,H,W] in the dtype of q and lse [B,H,T] float32. A query that sees no key gets zeros,
       a zero gradient and lse = -inf (its sink where there is one).
     """
-    batch, num_queries, num_heads, _ = q.shape
+    num_queries, num_heads = q.shape[1:3]
     num_keys, num_kv_heads = k.shape[1:3]
     groups = (num_kv_heads, num_heads // num_kv_heads)
-    tiles = (batch, num_kv_heads, num_queries, groups[1], num_keys)
 
     with jax.named_scope("attn.scores"):
         rows, k = group_rows(q, num_kv_heads), jnp.einsum("bskd->bksd", k)
         scores = scale * jnp.einsum(
             "bkxd,bksd->bkxs", rows, k, preferred_element_type=jnp.float32
-        ).reshape(tiles)
+        )  # [B,K,X,S]
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
         if bias is not None:
-            scores = scores + group_heads(bias, groups).astype(jnp.float32)
+            scores = scores + group_heads(bias.astype(jnp.float32), groups, num_queries)
         if alibi_slopes is not None:
-            scores = scores - alibi_penalty(
-                alibi_slopes, groups, mask, (0, num_queries), (0, num_keys)
-            )
+            spans = (0, num_queries), (0, num_keys)
+            scores = scores - alibi_penalty(alibi_slopes, groups, mask, *spans)
         visible = mask.materialize(num_queries, num_keys)
         if visible is not None:
-            scores = jnp.where(group_heads(visible, groups), scores, MASK_VALUE)
-    scores = _tap(tap, "scores", scores)
+            scores = scores + group_heads(penalty(visible), groups, num_queries)
+    scores = _tap(tap, "scores", scores, num_queries)
 
     with jax.named_scope("attn.softmax"):
         if sinks is None:
-            sink = jnp.full((1, 1, 1, 1), MASK_VALUE, jnp.float32)
+            sink = jnp.full((1, 1), MASK_VALUE, jnp.float32)
         else:
-            sink = sinks.astype(jnp.float32).reshape(num_kv_heads, 1, groups[1])[None]
+            sink = jnp.tile(sinks.astype(jnp.float32).reshape(groups), (1, num_queries))
         pattern, lse = _softmax(scores, sink)
-    pattern = _tap(tap, "pattern", pattern)
+    pattern = _tap(tap, "pattern", pattern, num_queries)
 
     with jax.named_scope("attn.values"):
-        rows = pattern.astype(v.dtype).reshape(batch, num_kv_heads, -1, num_keys)
         v = jnp.einsum("bskw->bksw", v)
-        z = jnp.einsum("bkxs,bksw->bkxw", rows, v, preferred_element_type=jnp.float32)
-    lse = jnp.einsum("bktg->bkgt", lse).reshape(batch, num_heads, num_queries)
-    return ungroup_rows(z.astype(q.dtype), num_queries), lse
+        z = jnp.einsum(
+            "bkxs,bksw->bkxw", pattern.astype(v.dtype), v, preferred_element_type=jnp.float32
+        )
+    return ungroup_rows(z.astype(q.dtype), num_queries), ungroup_lse(lse, num_queries)
 
 
 def group_rows(q: Array, num_kv_heads: int) -> Array:
@@ -105,19 +105,36 @@ def ungroup_rows(z: Array, num_queries: int) -> Array:
     return jnp.einsum("bktgw->btkgw", grouped).reshape(batch, num_queries, -1, width)
 
 
-def group_heads(x: Array, groups: tuple[int, int]) -> Array:
-    """[B|1,H|1,T|1,S|1] (leading axes may be missing) -> [B|1,K|1,T|1,G|1,S|1]."""
+def ungroup_lse(lse: Array, num_queries: int) -> Array:
+    """[B,K,X] -> [B,H,T]."""
+    batch, num_kv_heads, _ = lse.shape
+    by_head = jnp.einsum("bktg->bkgt", lse.reshape(batch, num_kv_heads, num_queries, -1))
+    return by_head.reshape(batch, -1, num_queries)
+
+
+def group_heads(x: Array, groups: tuple[int, int], num_queries: int) -> Array:
+    """[B|1,H|1,T|1,S|1] (leading axes may be missing) -> rows [B|1,K|1,X|1,S|1].
+
+    Whatever meets the scores has their four axes: XLA's CPU loops are twice as slow over five.
+    """
     x = as_4d(x)
-    heads = (1, 1) if x.shape[1] == 1 else groups
-    return jnp.einsum("bkgts->bktgs", x.reshape(x.shape[0], *heads, *x.shape[2:]))
+    batch, num_heads, length, num_keys = x.shape
+    if num_heads == length == 1:
+        return x
+    num_kv_heads, num_groups = (1, 1) if num_heads == 1 else groups
+    x = x.reshape(batch, num_kv_heads, num_groups, length, num_keys)
+    shape = (batch, num_kv_heads, num_queries, groups[1], num_keys)
+    x = jnp.broadcast_to(jnp.einsum("bkgts->bktgs", x), shape)
+    return x.reshape(batch, num_kv_heads, -1, num_keys)
 
 
 def alibi_penalty(
     slopes: Array, groups: tuple[int, int], mask: Mask, q_span: Span, k_span: Span
 ) -> Array:
-    """slope |q_index - k_index| as [B|1,K,tq,G,tk] float32."""
+    """slope |q_index - k_index| as rows [B|1,K,x,tk] float32."""
     slopes = slopes.astype(jnp.float32).reshape(groups)[:, None, :, None]  # [K,1,G,1]
-    return slopes * distance(mask, q_span, k_span)
+    by_position = slopes * distance(mask, q_span, k_span)
+    return by_position.reshape(*by_position.shape[:2], -1, k_span[1])
 
 
 def distance(mask: Mask, q_span: Span, k_span: Span) -> Array:
@@ -126,13 +143,14 @@ def distance(mask: Mask, q_span: Span, k_span: Span) -> Array:
     return gap.reshape(-1, 1, q_span[1], 1, k_span[1])
 
 
-def _tap(tap: Tap, site: str, value: Array) -> Array:
-    """Taps see query heads on one axis: [B,K,T,G,S] <-> [B,H,T,S]."""
-    batch, num_kv_heads, num_queries, num_groups, num_keys = value.shape
-    by_head = jnp.einsum("bktgs->bkgts", value)
-    by_head = tap(site, by_head.reshape(batch, -1, num_queries, num_keys))
-    by_head = by_head.reshape(batch, num_kv_heads, num_groups, num_queries, num_keys)
-    return jnp.einsum("bkgts->bktgs", by_head)
+def _tap(tap: Tap, site: str, rows: Array, num_queries: int) -> Array:
+    """Taps see one axis of query heads: rows [B,K,X,S] <-> [B,H,T,S]."""
+    batch, num_kv_heads, _, num_keys = rows.shape
+    by_head = jnp.einsum(
+        "bktgs->bkgts", rows.reshape(batch, num_kv_heads, num_queries, -1, num_keys)
+    )
+    tapped = tap(site, by_head.reshape(batch, -1, num_queries, num_keys))
+    return jnp.einsum("bkgts->bktgs", tapped.reshape(by_head.shape)).reshape(rows.shape)
 
 
 # A derivative of our own keeps one [T,S] array for the backward pass, the pattern itself.
@@ -141,19 +159,16 @@ def _softmax(scores: Array, sink: Array) -> tuple[Array, Array]:
     """Softmax over the last axis with one more logit in the denominator; and its log.
 
     Args:
-      scores: [..., S] float32, `MASK_VALUE` where masked.
+      scores: [..., S] float32, about `MASK_VALUE` where masked.
       sink: broadcastable to [...]; `MASK_VALUE` for none.
     Returns:
       pattern [..., S] and lse [...].
     """
-    highest = jnp.maximum(scores.max(axis=-1), sink)
-    is_empty = highest <= MASK_VALUE / 2
-    # Shifting an empty row by zero makes each of its exponentials underflow to exactly zero.
-    shift = jnp.where(is_empty, 0.0, highest)
-    weights = jnp.exp(scores - shift[..., None])
-    total = weights.sum(axis=-1) + jnp.exp(sink - shift)
-    pattern = weights * (1.0 / jnp.where(is_empty, 1.0, total))[..., None]
-    return pattern, shift + jnp.log(total)
+    highest = jnp.maximum(jnp.maximum(scores.max(axis=-1), sink), FLOOR)
+    weights = jnp.exp(scores - highest[..., None])
+    total = weights.sum(axis=-1) + jnp.exp(sink - highest)
+    pattern = weights * (1 / jnp.maximum(total, TINY))[..., None]
+    return pattern, highest + jnp.log(total)
 
 
 @_softmax.defjvp
@@ -161,7 +176,6 @@ def _softmax_jvp(primals, tangents):
     scores, sink = primals
     scores_dot, sink_dot = tangents
     pattern, lse = _softmax(scores, sink)
-    is_empty = jnp.isneginf(lse)
-    sink_share = jnp.exp(sink - jnp.where(is_empty, 0.0, lse))
+    sink_share = jnp.exp(sink - jnp.maximum(lse, FLOOR))
     lse_dot = (pattern * scores_dot).sum(axis=-1) + sink_share * sink_dot
     return (pattern, lse), (pattern * (scores_dot - lse_dot[..., None]), lse_dot)

@@ -16,8 +16,12 @@ import jax.numpy as jnp
 
 from jaxheads.typing import Array
 
-# Scores that must not be attended to. Finite, so that differences of two masked scores stay finite.
+# What a mask adds to a score that must not be attended to: finite, so that differences of scores
+# stay finite, and so large that the score itself is lost in rounding.
 MASK_VALUE = float(jnp.finfo(jnp.float32).min) / 2
+# Lower bound of a row's maximum. Only a row that sees nothing lies below it, and then each
+# exponential underflows to exactly zero.
+FLOOR = MASK_VALUE / 2
 
 Span: TypeAlias = tuple[int | Array, int]  # (start, size); the start may be traced
 
@@ -194,6 +198,14 @@ class Mask:
         if self.head_mask is None:
             return None
         return take(take(as_4d(self.head_mask), q_span, axis=-2), k_span, axis=-1)
+
+
+def penalty(visible: Array) -> Array:
+    """What to add to scores: 0 where visible, `MASK_VALUE` elsewhere; float32.
+
+    Adding keeps XLA's CPU loops vectorised; a select over the scores makes them twice as slow.
+    """
+    return jnp.where(visible, 0.0, MASK_VALUE).astype(jnp.float32)
 
 
 def as_4d(x: Array) -> Array:

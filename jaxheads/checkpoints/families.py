@@ -295,9 +295,9 @@ _GEMMA_FIELDS = (
     _biases("attention_bias", _QKVO, False),
     Field("query_pre_attn_scalar", "attn_scale", 256, SCALAR),
 )
-_SUMMARY = {
+_SUMMARY = frozenset(
     f"summary_{x}" for x in ("activation", "first_dropout", "proj_to_labels", "type", "use_proj")
-}
+)
 _ROPE = Part(*rope_fields.flat("rope_theta"))
 _QWEN_WINDOWS = Part(_read_qwen_windows, _write_qwen_windows)
 _NO_MROPE = Only((False, None), "positions of images are not supported")
@@ -315,7 +315,7 @@ FAMILIES: Mapping[str, Family] = {
             "scale_attn_weights": Only((True,), "scores would not be divided by sqrt(head_dim)"),
         },
         # The order of scaling and upcasting only matters below float32, and ours is in float32.
-        metadata=frozenset(_SUMMARY) | {"n_ctx", "reorder_and_upcast_attn", "predict_special_tokens"},
+        metadata=_SUMMARY | {"n_ctx", "reorder_and_upcast_attn", "predict_special_tokens"},
     ),
     "gpt_neox": Family(
         "GPTNeoXForCausalLM",
@@ -356,7 +356,7 @@ FAMILIES: Mapping[str, Family] = {
             "rotary": Only((True,), "positions would not be rotary"),
             "scale_attn_weights": Only((True,), "scores would not be divided by sqrt(head_dim)"),
         },
-        metadata=frozenset(_SUMMARY),
+        metadata=_SUMMARY,
     ),
     "opt": Family(
         "OPTForCausalLM",
@@ -441,7 +441,6 @@ FAMILIES: Mapping[str, Family] = {
                 act="hidden_activation", silu="gelu_pytorch_tanh",
             ),
             *_GEMMA_FIELDS,
-            Field("attn_logit_softcapping", "attn_soft_cap", None, NUMBER_OR_NULL),
             Field("final_logit_softcapping", "logit_soft_cap", None, NUMBER_OR_NULL),
         ),
         {**_GEMMA, "qk_norm": True},
@@ -450,6 +449,11 @@ FAMILIES: Mapping[str, Family] = {
             _alternating_windows(6),
             _EMBED_SCALE,
         ),
+        only={
+            "attn_logit_softcapping": Only(
+                (None,), "the reference implementation reads it and then does not cap"
+            ),
+        },
         metadata=frozenset({"_sliding_window_pattern", "hidden_act"}),
     ),
     "phi3": Family(

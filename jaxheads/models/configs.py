@@ -310,7 +310,13 @@ def llama3_1_8b() -> ModelConfig:
 def llama3_1_70b() -> ModelConfig:
     """Llama 3.1 70B (arXiv:2407.21783)."""
     return dataclasses.replace(
-        llama3_1_8b(), num_layers=80, model_dim=8192, num_heads=64, head_dim=128, mlp_dim=28672
+        llama3_1_8b(),
+        num_layers=80,
+        model_dim=8192,
+        embed_dim=8192,
+        num_heads=64,
+        head_dim=128,
+        mlp_dim=28672,
     )
 
 

@@ -1,0 +1,43 @@
+"""Head maps as text and as PNG."""
+
+import numpy as np
+import pytest
+
+from jaxheads.viz import head_map, head_table
+
+
+def test_table_aligns_and_shades_by_magnitude():
+    lines = head_table([[0, 1, 10.5], [-21, np.nan, 5.25]], title="scores", decimals=1).split("\n")
+    assert lines[0] == "scores"
+    assert lines[1:] == [
+        "       H0     H1     H2",
+        "L0    0.0 ░  1.0 ▒ 10.5",
+        "L1 █-21.0      - ░  5.2",
+    ]
+
+
+@pytest.mark.parametrize("values", [np.zeros((12, 10)), np.ones((1, 1), bool), [[np.inf, 1.0]]])
+def test_table_of_unusual_values_keeps_its_columns(values):
+    lines = head_table(values).split("\n")
+    assert len({len(line) for line in lines}) == 1
+    assert len(lines) == 1 + len(values)
+
+
+@pytest.mark.parametrize("values", [[[0.5, 1.0]], [[-1.0, np.nan], [0.2, 0.1]], [[0, 0]]])
+def test_map_writes_a_png(tmp_path, values):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "map.png"
+    figure = head_map(values, file, title="copying")
+    assert file.read_bytes()[:4] == b"\x89PNG"
+    image = figure.axes[0].images[0]
+    np.testing.assert_array_equal(np.asarray(image.get_array().filled(np.nan)), np.array(values))
+    low, high = image.get_clim()
+    assert low == (-high if np.nanmin(values) < 0 else 0)
+    assert figure.axes[0].get_title() == "copying"
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0], np.zeros((0, 3)), [["a"]], np.zeros((2, 2, 2))])
+def test_other_shapes_are_refused(values):
+    for draw in (head_map, head_table):
+        with pytest.raises(ValueError, match="head map needs"):
+            draw(values)
