@@ -21,12 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxheads import parallel
 from jaxheads.checkpoints import orbax
 from jaxheads.data import DataConfig, Tokenizer, eval_batches, make_dataset
 from jaxheads.fields import to_json
+from jaxheads.generation import generate
 from jaxheads.models import Decoder, ModelConfig, forward
 from jaxheads.training.configs import TrainConfig
 from jaxheads.training.feed import Feed, batch_sharding, data_process, put
@@ -189,6 +191,7 @@ def train(
         if jax.process_index() == 0:
             content = to_json(run) | dict(provenance or {})
             (workdir / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+            tokenizer.save(workdir)  # the workdir can be loaded on its own
         stop = stack.enter_context(stop_on_signals())
         with trainer.open_writer():
             return trainer.run_steps(stop)
@@ -368,22 +371,31 @@ class _Trainer:
         )
 
     def sample(self) -> None:
-        """Show a text that the trained model writes."""
-        if not self.run.sample.tokens:
+        """Show a text that the trained model writes, and keep it in sample.txt."""
+        cfg = self.run.sample
+        prompt = self.tokenizer.encode(cfg.prompt)
+        length = cfg.tokens
+        if self.run.model.positions == "learned":
+            length = min(length, self.run.model.max_positions - len(prompt))
+        if length < 1 or not len(prompt):
             return
-        from jaxheads.generation import generate
-
-        prompt = self.tokenizer.encode(self.run.sample.prompt)
-        tokens = generate(
-            self.state.model,
-            jnp.asarray(prompt)[None],
-            max_new_tokens=self.run.sample.tokens,
-            key=jax.random.fold_in(self.key, self.step),
-            temperature=self.run.sample.temperature,
-            forward=self.forward,
-        )
+        try:
+            tokens = generate(
+                self.state.model,
+                prompt[None],
+                max_new_tokens=length,
+                key=jax.random.fold_in(self.key, self.step),
+                temperature=cfg.temperature,
+                forward=self.forward,
+            )
+        except NotImplementedError as error:  # an attention variant without cached decoding
+            self.writer.say(f"no text is sampled: {error}")
+            return
+        if jax.process_count() > 1:
+            tokens = multihost_utils.process_allgather(tokens, tiled=True)
         text = self.tokenizer.decode(np.asarray(tokens)[0])
-        (self.workdir / "sample.txt").write_text(text + "\n", encoding="utf-8")
+        if jax.process_index() == 0:
+            (self.workdir / "sample.txt").write_text(text + "\n", encoding="utf-8")
         self.writer.say(f"sampled text:\n{text}")
 
 
