@@ -124,8 +124,8 @@ def blocked_attention(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static: _Static, arrays: _Arrays, mask: Mask) -> tuple[Array, Array]:
     """z [B,K,X,W] in the dtype of q and lse [B,K,X] float32."""
-    attend_block: Any = lambda q_start: _attend_block(static, arrays, mask, q_start)
-    z, lse = jax.lax.map(attend_block, _q_starts(static, arrays))
+    attend_block = lambda q_start: _attend_block(static, arrays, mask, q_start)
+    z, lse = cast(Any, jax.lax.map(attend_block, _q_starts(static, arrays)))
     return _join_blocks(z), _join_blocks(lse)
 
 
@@ -154,7 +154,7 @@ def _attend_block(static: _Static, arrays: _Arrays, mask: Mask, q_start: Array):
     z = jnp.zeros((*shape, arrays.v.shape[-1]), jnp.float32)
     start = _vary_like((z, highest, total), arrays, mask)
     low, high = _block_range(static, mask, q_start)
-    z, highest, total = jax.lax.fori_loop(low, high, cast(Any, visit), start)
+    z, highest, total = cast(Any, jax.lax.fori_loop(low, high, visit, start))
     z = z * (1 / jnp.maximum(total, TINY))[..., None]
     return z.astype(q.dtype), highest + jnp.log(total)
 
