@@ -17,7 +17,7 @@ derivatives only (a custom rule); forward mode needs the dense implementation.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +116,7 @@ def blocked_attention(
     static = _Static(scale, soft_cap, block_q, block_k, num_keys, groups)
     mask = mask.pad(padded_queries, padded_keys)
     arrays, mask = _vary_like((arrays, mask), arrays, mask)
-    z, lse = _attend(static, arrays, mask)
+    z, lse = cast(tuple[Array, Array], _attend(static, arrays, mask))
     z = ungroup_rows(z, padded_queries)[:, :num_queries]
     return z, ungroup_lse(lse, padded_queries)[..., :num_queries]
 
@@ -125,7 +125,7 @@ def blocked_attention(
 def _attend(static: _Static, arrays: _Arrays, mask: Mask) -> tuple[Array, Array]:
     """z [B,K,X,W] in the dtype of q and lse [B,K,X] float32."""
     attend_block = lambda q_start: _attend_block(static, arrays, mask, q_start)
-    z, lse = cast(Any, jax.lax.map(attend_block, _q_starts(static, arrays)))
+    z, lse = jax.lax.map(attend_block, _q_starts(static, arrays))
     return _join_blocks(z), _join_blocks(lse)
 
 
@@ -154,7 +154,7 @@ def _attend_block(static: _Static, arrays: _Arrays, mask: Mask, q_start: Array):
     z = jnp.zeros((*shape, arrays.v.shape[-1]), jnp.float32)
     start = _vary_like((z, highest, total), arrays, mask)
     low, high = _block_range(static, mask, q_start)
-    z, highest, total = cast(Any, jax.lax.fori_loop(low, high, visit, start))
+    z, highest, total = jax.lax.fori_loop(low, high, visit, start)
     z = z * (1 / jnp.maximum(total, TINY))[..., None]
     return z.astype(q.dtype), highest + jnp.log(total)
 
@@ -183,7 +183,7 @@ def _scores(static: _Static, arrays: _Arrays, mask: Mask, q: Array, q_start, k_s
 
 
 def _attend_fwd(static: _Static, arrays: _Arrays, mask: Mask):
-    z, lse = _attend(static, arrays, mask)
+    z, lse = cast(tuple[Array, Array], _attend(static, arrays, mask))
     return (z, lse), (arrays, mask, z, lse)
 
 
