@@ -255,8 +255,8 @@ def _build(
 
 def _reader(
     home: Home, stored: list[Stored], shape: tuple[int, ...], dtype: np.dtype
-) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """A function from an index of the parameter to a new array with that part of it."""
+) -> Callable[[Any], np.ndarray]:
+    """A function from an index of the parameter (slices) to a new array with that part of it."""
     done: dict[tuple, np.ndarray] = {}  # parts that several devices hold alike
 
     def copy(target: np.ndarray, i: int, index: tuple[slice, ...]) -> None:
