@@ -456,6 +456,7 @@ MALFORMED = {
     "config holds NaN": (_text("config.json", b'{"model_type": NaN}'), ["NaN is not allowed"]),
     "config nests": (_text("config.json", b"[" * 100000), ["not valid JSON"]),
     "config is not text": (_text("config.json", b"\xff\xfe\x00"), ["not valid JSON"]),
+    "config with an unknown field": (lambda d: reconfigure(d, odd=1), ["unknown fields odd"]),
     "config of another model": (
         lambda d: reconfigure(d, num_hidden_layers=3), ["9 problems", "layers.2"],
     ),

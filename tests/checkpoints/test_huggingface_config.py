@@ -288,6 +288,7 @@ BAD = {
     "unknown even when false": ({**LLAMA, "new_trick": False}, ValueError, ["new_trick"]),
     "negative size": ({**LLAMA, "hidden_size": -8}, ValueError, ["hidden_size=-8", "positive"]),
     "zero layers": ({**LLAMA, "num_hidden_layers": 0}, ValueError, ["num_hidden_layers=0"]),
+    "a billion layers": ({**LLAMA, "num_hidden_layers": 10**9}, ValueError, ["up to 10000"]),
     "text for a number": ({**LLAMA, "vocab_size": "32k"}, ValueError, ["vocab_size='32k'"]),
     "float for a count": ({**LLAMA, "vocab_size": 32.5}, ValueError, ["vocab_size=32.5"]),
     "flag for a count": ({**LLAMA, "vocab_size": True}, ValueError, ["vocab_size=True"]),
