@@ -301,7 +301,7 @@ class Tap:
         if missed:
             raise NotImplementedError(
                 f"{where} never formed the site {sorted(missed)[0]!r} that an edit or a record "
-                "asks for; use implementation='dense', or ask for another site ('lse' and 'z' are "
+                "asks for; use implementation='dense' or 'auto', or ask for another site ('z' is "
                 "formed by every implementation)."
             )
         return self.seen
