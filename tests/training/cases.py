@@ -23,7 +23,8 @@ def random_model(cfg: ModelConfig, seed: int = 0) -> Decoder:
     def fill(path, s):
         name = jax.tree_util.keystr(path)
         start = 1.0 if "norm.weight" in name or (".ln" in name and "weight" in name) else 0.0
-        fan_in = s.shape[1] if name[-9:-7] in ("wq", "wk", "wv") else np.prod(s.shape[1:-1])
+        into = any(w in name for w in (".wq", ".wk", ".wv"))
+        fan_in = s.shape[1] if into else np.prod(s.shape[1:-1])
         scale = 0.2 if s.ndim < 3 else fan_in**-0.5
         return jnp.asarray(start + scale * r.normal(size=s.shape), s.dtype)
 
