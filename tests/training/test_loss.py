@@ -1,19 +1,20 @@
 """The chunked cross-entropy against a float64 formula written out in numpy."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from jaxheads.models import Decoder, Output, forward
+from jaxheads.models import Output, forward
 from jaxheads.parallel import make_mesh
 from jaxheads.taps import Edit, intervene
 from jaxheads.training import TrainConfig, chunked_cross_entropy, next_token_loss
 from jaxheads.training import loss as loss_module
 from tests.configs import CONFIGS, tokens_of
+from tests.training.cases import random_model
 
 B, T, E, V = 3, 8, 5, 13
 CAP = 2.5
@@ -175,17 +176,10 @@ def batch_of(name, seed=3):
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
 
 
+@functools.cache
 def one_layer(name):
-    """A model whose last layers are those of `CONFIGS[name]`, every parameter random."""
-    cfg = dataclasses.replace(CONFIGS[name], num_layers=1, window=(None,))
-
-    def build():
-        leaves, tree = jax.tree.flatten(Decoder(cfg, rngs=nnx.Rngs(0)))
-        keys = jax.random.split(jax.random.key(1), len(leaves))
-        noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
-        return jax.tree.unflatten(tree, noisy)
-
-    return jax.jit(build)()
+    """A one-layer model with the outer parts of `CONFIGS[name]`."""
+    return random_model(dataclasses.replace(CONFIGS[name], num_layers=1, window=(None,)))
 
 
 @pytest.mark.parametrize("name", ["llama", "gptj", "opt-post", "gemma"])

@@ -10,6 +10,7 @@ from jaxheads.models import Decoder
 from jaxheads.training import TrainConfig, init_state, learning_rate, make_optimizer, train_step
 from jaxheads.training.optimizers import decayed, optimizers, trainable
 from tests.configs import CONFIGS, tokens_of
+from tests.training.cases import random_model
 
 NAMES = [
     "adamw",
@@ -130,8 +131,7 @@ def test_weight_decay_leaves_out_norms_and_biases(name):
 
 def test_weight_decay_acts_where_it_should():
     """Zero gradients: AdamW's update is -lr * decay * p on decayed parameters, 0 elsewhere."""
-    model = jax.jit(lambda: Decoder(CONFIGS["gpt2"], rngs=nnx.Rngs(0)))()
-    model = jax.tree.map(lambda x: x + 1, model)
+    model = random_model(CONFIGS["gpt2"])
     zero = jax.tree.map(jnp.zeros_like, model)
     for all_too in (False, True):
         cfg = TrainConfig(lr=0.1, schedule="constant", decay_norms_and_biases=all_too)
@@ -158,7 +158,7 @@ def test_clipping_bounds_the_gradient():
 def test_only_trainable_parameters_move():
     cfg = TrainConfig(trainable=("*.attention.wo", "final_norm.*"), steps=3)
     optimizer = make_optimizer(cfg)
-    state = init_state(lambda: Decoder(CONFIGS["llama"], rngs=nnx.Rngs(0)), optimizer)
+    state = init_state(random_model(CONFIGS["llama"]), optimizer)
     tokens = tokens_of("llama")
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
     new, metrics = jax.jit(lambda s: train_step(s, batch, cfg=cfg, optimizer=optimizer))(state)
@@ -174,7 +174,7 @@ def test_only_trainable_parameters_move():
 
 def test_muon_reads_head_axes_as_matrices():
     """One Muon step moves wq by an orthogonal matrix M -> H*D in every layer."""
-    model = jax.jit(lambda: Decoder(CONFIGS["llama"], rngs=nnx.Rngs(0)))()
+    model = random_model(CONFIGS["llama"])
     noise = lambda x: jax.random.normal(jax.random.key(x.size), x.shape)
     grads = jax.tree.map(noise, model)
     optimizer = make_optimizer(
