@@ -84,8 +84,8 @@ def simulate_devices(count: int) -> None:
 def run(main: Callable[[], int | None]) -> None:
     """Runs ``main()`` as a command: its result is the exit code, bad input is a message and 2.
 
-    A `ValueError`, `TypeError`, `NotImplementedError`, `OSError` or `ImportError` prints as one message;
-    ``--debug`` shows where it came from.
+    The exceptions that a user can cause (`_USER_ERRORS`) print as one message; ``--debug`` shows
+    where it came from.
     """
 
     def parse(argv: Sequence[str]) -> list[str]:

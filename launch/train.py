@@ -134,6 +134,7 @@ def _read_config(path: str) -> dict[str, Any]:
 
 def _resolve_model(name: str, base, settings, data):
     """(ModelConfig, DataConfig, directory of weights or None) of --model and its settings."""
+    from jaxheads.checkpoints.directory import locate
     from jaxheads.data import Tokenizer
     from jaxheads.models import PRESETS, ModelConfig
 
@@ -146,12 +147,11 @@ def _resolve_model(name: str, base, settings, data):
             tokenizer = Tokenizer.load(data.tokenizer)
             cfg = dataclasses.replace(cfg, vocab_size=tokenizer.vocab_size)
         return cfg, data, None
-    path = Path(name).expanduser()
-    if not path.is_dir():
-        raise ValueError(
-            f"model={name!r} is neither a directory nor a preset: "
-            f"{unknown('preset', name, PRESETS)}"
-        )
+    try:
+        path = locate(name)
+    except ValueError as error:
+        message = f"model={name!r}: {unknown('preset', name, PRESETS)} Nor is it weights: {error}"
+        raise ValueError(message) from error
     stored, tokenizer = _stored(path)
     if "tokenizer" not in settings["data"] and tokenizer is not None:
         data = dataclasses.replace(data, tokenizer=tokenizer)
@@ -215,7 +215,11 @@ def define_flags() -> None:
     """Defines the flags of this launcher."""
     flags.define_common()
     text = absl_flags.DEFINE_string
-    text("model", None, "A preset (tiny, gpt2-small, llama3-8b, ...) or a directory to fine-tune.")
+    text(
+        "model",
+        None,
+        "A preset (tiny, llama3-8b, ...), or weights to fine-tune: a directory or name.",
+    )
     text("data", None, "Text to train on: files, directories or globs; default: stdlib.")
     text("mesh", None, "Devices per axis, for example data:2,model:4; one may be -1.")
     text("steps", None, "Steps of the whole run.")

@@ -31,13 +31,12 @@ from jaxheads.fields import to_json
 from jaxheads.generation import generate
 from jaxheads.models import Decoder, ModelConfig, forward
 from jaxheads.training.configs import TrainConfig
-from jaxheads.training.feed import Feed, batch_sharding, data_process, put
+from jaxheads.training.feed import Batch, Feed, batch_sharding, data_process, put
 from jaxheads.training.optimizers import make_optimizer
 from jaxheads.training.step import TrainState, init_state, make_eval_step, make_train_step
 from jaxheads.training.watch import Profile, Stop, Window, stop_on_signals
 from jaxheads.training.writers import METRICS, TENSORBOARD, RunWriter
 
-Batch = Mapping[str, np.ndarray]
 _IN_FLIGHT = 2  # steps started before the numbers of an earlier one are read
 
 
@@ -213,6 +212,7 @@ class _Trainer:
         self.numbers: dict[str, float] = {}
         self.step = 0
         self.data_state: dict[str, Any] = {}
+        self.held_out: list[Batch] = []
 
     def constructor(self) -> Decoder:
         return Decoder(self.run.model, rngs=nnx.Rngs(self.run.train.seed))
@@ -233,13 +233,32 @@ class _Trainer:
                 f"workdir={self.run.workdir!r} holds step {newest}, but steps="
                 f"{self.run.train.steps}; give at least as many steps, or another workdir."
             )
-        key = jax.eval_shape(lambda: self.key)
+        key = orbax.abstract(lambda: self.key, self.mesh)
         rest = {"step": like.step, "opt_state": like.opt_state, "key": key}
         read = self.checkpoints.restore(like.model, rest)
         rest = read.training
         self.state = TrainState(step=rest["step"], model=read.model, opt_state=rest["opt_state"])
         self.key, self.step, self.data_state = rest["key"], read.step, read.data_state
         self.data.set_state(read.data_state)
+
+    def read_held_out(self) -> None:
+        """The batches of every evaluation; kept, so that large corpora are indexed only once."""
+        data = dataclasses.replace(self.run.data, split="validation")
+        if not data.validation_fraction or self.run.data.split == "all":
+            return
+        index, count = data_process(self.mesh, self.shape)
+        try:
+            batches = eval_batches(
+                data,
+                self.run.train.eval_batches,
+                tokenizer=self.tokenizer,
+                process_index=index,
+                process_count=count,
+            )
+        except ValueError as error:  # a corpus of a few documents may have none to hold out
+            self.writer.say(f"no evaluation: {error}")
+            return
+        self.held_out = list(batches)
 
     @contextlib.contextmanager
     def open_writer(self) -> Iterator[None]:
@@ -263,6 +282,7 @@ class _Trainer:
     def run_steps(self, stop: Stop) -> Result:
         """The loop."""
         cfg = self.run.train
+        self.read_held_out()
         feed = Feed(self.data, self.mesh, self.shape, self.run.model.vocab_size)
         window = Window(
             self.run.model,
@@ -322,20 +342,9 @@ class _Trainer:
 
     def evaluate(self) -> float | None:
         """Mean cross-entropy on held-out text, written down; None without such text."""
-        data = dataclasses.replace(self.run.data, split="validation")
-        if not data.validation_fraction or self.run.data.split == "all":
-            return None
-        index, count = data_process(self.mesh, self.shape)
-        batches = eval_batches(
-            data,
-            self.run.train.eval_batches,
-            tokenizer=self.tokenizer,
-            process_index=index,
-            process_count=count,
-        )
         sharding = batch_sharding(self.mesh, self.shape)
         sums = None
-        for rows in batches:
+        for rows in self.held_out:
             new = self.eval_step(self.state.model, put(rows, sharding, self.shape))
             sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
         if sums is None:

@@ -288,3 +288,13 @@ def test_batches_are_global_arrays(corpus):
     put = feed.put(rows, feed.batch_sharding(mesh, (4, 8)), (4, 8))["tokens"]
     np.testing.assert_array_equal(np.asarray(put), rows["tokens"])
     assert put.addressable_shards[0].data.shape == (2, 4)
+
+
+def test_a_corpus_too_small_to_hold_text_out_is_told_at_the_start(tmp_path, capsys):
+    (tmp_path / "one.txt").write_text("a single document\n" * 9)
+    run = make_run(str(tmp_path / "one.txt"), tmp_path, "fsdp:2")
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, validation_fraction=0.01))
+    result = train(run)
+    assert "eval/loss" not in result.metrics
+    out = capsys.readouterr().out
+    assert out.index("no evaluation: split='validation'") < out.index("step 1/8")
