@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from jaxheads.attention.rope import RopeConfig
-from jaxheads.checkpoints import rope_fields
+from jaxheads.checkpoints import rope_fields, window_fields
 from jaxheads.checkpoints.reader import (
     COUNT,
     COUNT_OR_NULL,
@@ -142,98 +142,6 @@ COMMON_ONLY: Mapping[str, Only] = {
 }
 
 
-def _window_everywhere(default: int | None) -> Part:
-    """One width for all layers (Mistral, Phi-3)."""
-    return Part(
-        lambda reader, ours: {"window": (reader.take("sliding_window", default, COUNT_OR_NULL),)},
-        lambda cfg: {"sliding_window": cfg.window[0]},
-    )
-
-
-_LAYER_TYPES = Kind(
-    "a list of layer types",
-    lambda v: v is None or (isinstance(v, list) and all(isinstance(x, str) for x in v)),
-    supported=lambda v: not v or set(v) <= {"sliding_attention", "full_attention"},
-)
-
-
-def _layer_windows(
-    reader: Reader, num_layers: int, width: int | None, is_sliding: Callable[[int], bool]
-) -> tuple[int | None, ...]:
-    """Windows per layer from `layer_types`, or from the family's rule where that is absent."""
-    types = reader.take("layer_types", None, _LAYER_TYPES)
-    if types is None:
-        sliding = [is_sliding(i) for i in range(num_layers)]
-    else:
-        sliding = [t == "sliding_attention" for t in types]
-        if len(types) != num_layers:
-            reader.complain(f"layer_types has {len(types)} entries for {num_layers} layers")
-            return (None,)
-    if any(sliding) and width is None:
-        reader.complain("sliding_window=null, but layer_types has sliding_attention layers")
-    return shortest_pattern([width if s else None for s in sliding])
-
-
-def shortest_pattern(items: Sequence[Any]) -> tuple[Any, ...]:
-    """The shortest start of `items` whose repetition, the last one cut, gives `items`."""
-    for period in range(1, len(items)):
-        if all(items[i] == items[i % period] for i in range(len(items))):
-            return tuple(items[:period])
-    return tuple(items)
-
-
-def _windows(cfg: ModelConfig) -> list[int | None]:
-    return [cfg.window[i % len(cfg.window)] for i in range(cfg.num_layers)]
-
-
-def _layer_types(cfg: ModelConfig) -> dict[str, Any]:
-    types = ["full_attention" if w is None else "sliding_attention" for w in _windows(cfg)]
-    return {
-        "sliding_window": next((w for w in cfg.window if w is not None), None),
-        "layer_types": types,
-    }
-
-
-def _read_qwen_windows(reader: Reader, ours: Mapping[str, Any]) -> dict[str, Any]:
-    used = reader.take("use_sliding_window", False, FLAG)
-    width = reader.take("sliding_window", 4096, COUNT_OR_NULL)
-    first = reader.take("max_window_layers", 28, COUNT._replace(accepts=_is_natural))
-    width = width if used else None
-    sliding = lambda i: width is not None and i >= first
-    return {"window": _layer_windows(reader, ours["num_layers"], width, sliding)}
-
-
-def _is_natural(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _write_qwen_windows(cfg: ModelConfig) -> dict[str, Any]:
-    windows = _windows(cfg)
-    sliding = [i for i, w in enumerate(windows) if w is not None]
-    return {
-        "use_sliding_window": bool(sliding),
-        "max_window_layers": sliding[0] if sliding else cfg.num_layers,
-        **_layer_types(cfg),
-    }
-
-
-def _alternating_windows(default_period: int) -> Part:
-    """Every `sliding_window_pattern`-th layer sees everything, the others a window (Gemma)."""
-
-    def read(reader: Reader, ours: Mapping[str, Any]) -> dict[str, Any]:
-        period = reader.take("sliding_window_pattern", default_period, COUNT)
-        width = reader.take("sliding_window", 4096, COUNT_OR_NULL)
-        sliding = lambda i: (i + 1) % period != 0
-        return {"window": _layer_windows(reader, ours["num_layers"], width, sliding)}
-
-    def write(cfg: ModelConfig) -> dict[str, Any]:
-        # A cache of width "null" has no meaning there; without sliding layers any width does.
-        fields = _layer_types(cfg)
-        return {**fields, "sliding_window": fields["sliding_window"] or 4096}
-
-    return Part(read, write)
-
-
 _EMBED_SCALE = Part(lambda reader, ours: {"embed_scale": ours["model_dim"] ** 0.5}, lambda cfg: {})
 
 
@@ -253,24 +161,22 @@ def _tied(default: bool) -> Field:
     return Field("tie_word_embeddings", "tie_embeddings", default, FLAG)
 
 
-def _biases(name: str, ours: tuple[str, ...], default: bool) -> Field:
-    return Field(name, ours, default, FLAG)
-
-
-_QKVO = ("qkv_bias", "attn_out_bias")
-_GPT_SIZES = lambda vocab, positions, width, layers, heads: (
-    Field("vocab_size", "vocab_size", vocab),
-    Field("n_positions", "max_positions", positions),
-    Field("n_embd", "model_dim", width),
-    Field("n_layer", "num_layers", layers, LAYERS),
-    Field("n_head", "num_heads", heads),
-    Field("n_inner", "mlp_dim", None, COUNT_OR_NULL),
-    Field("activation_function", "activation", "gelu_new", _activation("gelu_new")),
-    Field("layer_norm_epsilon", "norm_eps", 1e-5, NUMBER),
-)
+def _gpt_sizes(vocab, positions, width, layers, heads) -> tuple[Field, ...]:
+    """Sizes under the names of OpenAI's release."""
+    return (
+        Field("vocab_size", "vocab_size", vocab),
+        Field("n_positions", "max_positions", positions),
+        Field("n_embd", "model_dim", width),
+        Field("n_layer", "num_layers", layers, LAYERS),
+        Field("n_head", "num_heads", heads),
+        Field("n_inner", "mlp_dim", None, COUNT_OR_NULL),
+        Field("activation_function", "activation", "gelu_new", _activation("gelu_new")),
+        Field("layer_norm_epsilon", "norm_eps", 1e-5, NUMBER),
+    )
 
 
 def _sizes(vocab, positions, width, layers, heads, mlp, mlp_name="intermediate_size"):
+    """Sizes under the names most families have."""
     return (
         Field("vocab_size", "vocab_size", vocab),
         Field("max_position_embeddings", "max_positions", positions),
@@ -293,26 +199,27 @@ def _llama_like(sizes, kv_heads, head_dim, eps, *, tied=False, act="hidden_act",
     )
 
 
+_QKVO = ("qkv_bias", "attn_out_bias")
 _GPT = {"norm": "layernorm", "gated_mlp": False, "mlp_bias": True}
 _LEARNED = {**_GPT, "positions": "learned"}
 _LLAMA = {"norm": "rmsnorm", "gated_mlp": True, "positions": "rope"}
 _GEMMA = {**_LLAMA, "norm_offset": 1.0, "norm_placement": "sandwich"}
 _GEMMA_FIELDS = (
-    _biases("attention_bias", _QKVO, False),
+    Field("attention_bias", _QKVO, False, FLAG),
     Field("query_pre_attn_scalar", "attn_scale", 256, SCALAR),
 )
 _SUMMARY = frozenset(
     f"summary_{x}" for x in ("activation", "first_dropout", "proj_to_labels", "type", "use_proj")
 )
 _ROPE = Part(*rope_fields.flat("rope_theta"))
-_QWEN_WINDOWS = Part(_read_qwen_windows, _write_qwen_windows)
+_QWEN_WINDOWS = Part(*window_fields.from_layer())
 _NO_MROPE = Only((False, None), "positions of images are not supported")
 
 FAMILIES: Mapping[str, Family] = {
     "gpt2": Family(
         "GPT2LMHeadModel",
         (
-            *_GPT_SIZES(50257, 1024, 768, 12, 12),
+            *_gpt_sizes(50257, 1024, 768, 12, 12),
             Field("scale_attn_by_inverse_layer_idx", "scale_by_layer", False, FLAG),
             _tied(True),
         ),
@@ -335,7 +242,7 @@ FAMILIES: Mapping[str, Family] = {
                 True,
                 choice({True: "parallel", False: "sequential"}),
             ),
-            _biases("attention_bias", _QKVO, True),
+            Field("attention_bias", _QKVO, True, FLAG),
             _tied(False),
         ),
         {**_GPT, "positions": "rope"},
@@ -350,7 +257,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gptj": Family(
         "GPTJForCausalLM",
-        (*_GPT_SIZES(50400, 2048, 4096, 28, 16), _tied(False)),
+        (*_gpt_sizes(50400, 2048, 4096, 28, 16), _tied(False)),
         {
             **_GPT,
             "positions": "rope",
@@ -376,7 +283,7 @@ FAMILIES: Mapping[str, Family] = {
                 True,
                 choice({True: "pre", False: "post"}),
             ),
-            _biases("enable_bias", (*_QKVO, "mlp_bias"), True),
+            Field("enable_bias", (*_QKVO, "mlp_bias"), True, FLAG),
             _tied(True),
         ),
         {"norm": "layernorm", "gated_mlp": False, "positions": "learned", "position_offset": 2},
@@ -390,8 +297,8 @@ FAMILIES: Mapping[str, Family] = {
         "LlamaForCausalLM",
         (
             *_llama_like(_sizes(32000, 2048, 4096, 32, 32, 11008), None, None, 1e-6),
-            _biases("attention_bias", _QKVO, False),
-            _biases("mlp_bias", ("mlp_bias",), False),
+            Field("attention_bias", _QKVO, False, FLAG),
+            Field("mlp_bias", "mlp_bias", False, FLAG),
         ),
         _LLAMA,
         (_ROPE,),
@@ -403,7 +310,7 @@ FAMILIES: Mapping[str, Family] = {
         "MistralForCausalLM",
         _llama_like(_sizes(32000, 131072, 4096, 32, 32, 14336), 8, None, 1e-6),
         _LLAMA,
-        (_ROPE, _window_everywhere(4096)),
+        (_ROPE, Part(*window_fields.everywhere(4096))),
         only={"attention_bias": Only((False, None), "the family has no such bias")},
     ),
     "qwen2": Family(
@@ -417,7 +324,7 @@ FAMILIES: Mapping[str, Family] = {
         "Qwen3ForCausalLM",
         (
             *_llama_like(_sizes(151936, 32768, 4096, 32, 32, 22016), 32, 128, 1e-6),
-            _biases("attention_bias", _QKVO, False),
+            Field("attention_bias", _QKVO, False, FLAG),
         ),
         {**_LLAMA, "qk_norm": True},
         (_ROPE, _QWEN_WINDOWS),
@@ -435,7 +342,7 @@ FAMILIES: Mapping[str, Family] = {
             Field("final_logit_softcapping", "logit_soft_cap", 30.0, NUMBER_OR_NULL),
         ),
         _GEMMA,
-        (_ROPE, _alternating_windows(2), _EMBED_SCALE),
+        (_ROPE, Part(*window_fields.alternating(2)), _EMBED_SCALE),
         # The reference reads `hidden_activation` only; these are copies for other programs.
         metadata=frozenset({"hidden_act", "sliding_window_size"}),
     ),
@@ -452,7 +359,7 @@ FAMILIES: Mapping[str, Family] = {
         {**_GEMMA, "qk_norm": True},
         (
             Part(rope_fields.read_by_layer_type, rope_fields.write_by_layer_type),
-            _alternating_windows(6),
+            Part(*window_fields.alternating(6, "sliding_window_pattern")),
             _EMBED_SCALE,
         ),
         only={
@@ -466,7 +373,10 @@ FAMILIES: Mapping[str, Family] = {
         "Phi3ForCausalLM",
         _llama_like(_sizes(32064, 4096, 3072, 32, 32, 8192), None, None, 1e-5),
         _LLAMA,
-        (Part(rope_fields.read_phi3, rope_fields.write_phi3), _window_everywhere(None)),
+        (
+            Part(rope_fields.read_phi3, rope_fields.write_phi3),
+            Part(*window_fields.everywhere(None)),
+        ),
         only={
             "attention_bias": Only((False, None), "the family has no such bias"),
             "mlp_bias": Only((False, None), "the family has no such bias"),
@@ -585,7 +495,7 @@ def _maths(cfg: ModelConfig) -> ModelConfig:
     """`cfg` without what only says how it is run, in one spelling."""
     return dataclasses.replace(
         cfg,
-        window=shortest_pattern(_windows(cfg)),
+        window=window_fields.shortest_pattern(window_fields.per_layer(cfg)),
         implementation="auto",
         remat="none",
         compute_dtype="auto",

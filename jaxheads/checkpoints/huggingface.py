@@ -305,34 +305,43 @@ def save(model: Decoder, directory: str | Path, *, max_shard_bytes: float = 5e9)
         if len(shards) == 1
         else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     )
-    if jax.process_index() != 0:
+    if jax.process_index() == 0:
+        path.mkdir(parents=True, exist_ok=True)
+        _write(path, config, dict(zip(files, shards)))
+    else:
         for tensor in (t for shard in shards for t in shard):
-            tensor.value()  # fetching the shards of other processes takes all of them
-        return
-    path.mkdir(parents=True, exist_ok=True)
-    written = {name: path / f".{name}.part" for name in files}
+            tensor.value()  # fetching what lies on other processes takes all of them
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"jaxheads: saved {path}")
+
+
+def _write(path: Path, config: dict[str, Any], shards: Mapping[str, list[Tensor]]) -> None:
+    """Write the files of a model, then give them their names, then remove older ones."""
+    texts = {CONFIG: config}
+    if len(shards) > 1:
+        texts[INDEX] = _index(shards)
+    parts = {name: path / f".{name}.part" for name in (*shards, *texts)}
     try:
-        for name, shard in zip(files, shards):
-            safetensors.write(written[name], shard)
-        if len(files) > 1:
-            written[INDEX] = path / f".{INDEX}.part"
-            written[INDEX].write_text(json.dumps(_index(files, shards), indent=2) + "\n")
-        written[CONFIG] = path / f".{CONFIG}.part"
-        written[CONFIG].write_text(json.dumps(config, indent=2) + "\n")
-        for name, part in written.items():
+        for name, shard in shards.items():
+            safetensors.write(parts[name], shard)
+        for name, value in texts.items():
+            parts[name].write_text(json.dumps(value, indent=2) + "\n")
+        for name, part in parts.items():
             os.replace(part, path / name)
     finally:
-        for part in written.values():
+        for part in parts.values():
             part.unlink(missing_ok=True)
-    for old in (*path.glob("model*.safetensors"), path / INDEX):
-        if old.name not in written:
+    for old in (*path.glob("model-*-of-*.safetensors"), path / WEIGHTS, path / INDEX):
+        if old.name not in parts:
             old.unlink(missing_ok=True)
 
 
-def _index(files: list[str], shards: list[list[Tensor]]) -> dict[str, Any]:
+def _index(shards: Mapping[str, list[Tensor]]) -> dict[str, Any]:
     return {
-        "metadata": {"total_size": sum(t.num_bytes for shard in shards for t in shard)},
-        "weight_map": {t.name: name for name, shard in zip(files, shards) for t in shard},
+        "metadata": {"total_size": sum(t.num_bytes for shard in shards.values() for t in shard)},
+        "weight_map": {t.name: name for name, shard in shards.items() for t in shard},
     }
 
 

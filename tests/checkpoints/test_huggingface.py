@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -502,3 +504,36 @@ def test_huggingface_reads_no_pickle():
     for module in (huggingface, safetensors):
         source = Path(module.__file__).read_text()
         assert "import pickle" not in source and "torch.load" not in source
+
+
+_PEAK = """
+import json, resource, sys
+import jax
+from jaxheads.checkpoints import load
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+jax.devices()
+before = peak()
+model = load(sys.argv[1])
+jax.block_until_ready(jax.tree.leaves(model))
+print(peak() - before, sum(x.nbytes for x in jax.tree.leaves(model)))
+"""
+
+
+@pytest.mark.slow
+def test_peak_memory_stays_near_the_weights(tmp_path):
+    """The output matrix, a large tensor read transposed, included."""
+    cfg = dataclasses.replace(LLAMA, vocab_size=50000, model_dim=512, embed_dim=512, mlp_dim=2048,
+                              num_layers=6, head_dim=128)  # fmt: skip
+    save(make(cfg), tmp_path)
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
+    env.pop("XLA_FLAGS", None)
+    # A shell between: a process starts with its parent's peak, and this one's is large.
+    script = tmp_path / "peak.py"
+    script.write_text(_PEAK)
+    result = subprocess.run(
+        ["sh", "-c", '"$0" "$1" "$2"; exit $?', sys.executable, str(script), str(tmp_path)],
+        env=env, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    taken, weights = map(int, result.stdout.split())
+    assert weights > 250e6
+    assert 0.9 * weights < taken < 1.2 * weights

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxheads.attention import RopeConfig
-from jaxheads.checkpoints.families import FAMILIES, from_hf, shortest_pattern, to_hf
+from jaxheads.checkpoints.families import FAMILIES, from_hf, to_hf
+from jaxheads.checkpoints.window_fields import shortest_pattern
 from jaxheads.models import PRESETS, ModelConfig
 
 # Entries of published config.json files (model cards of the hub), metadata included.
@@ -377,6 +378,10 @@ BAD = {
     "windows without width": (
         {"model_type": "qwen3", "layer_types": ["sliding_attention"] * 32}, ValueError,
         ["sliding_window=null"],
+    ),
+    "gemma 2 has a fixed pattern": (
+        {"model_type": "gemma2", "sliding_window_pattern": 3}, ValueError,
+        ["unknown fields sliding_window_pattern"],
     ),
     "window": ({"model_type": "mistral", "sliding_window": -1}, ValueError, ["sliding_window=-1"]),
     "gemma 3 flat rope": (
