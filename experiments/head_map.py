@@ -31,10 +31,11 @@ import numpy as np
 from absl import flags as absl_flags
 
 import jaxheads as jh
-from jaxheads.data import DataConfig, Tokenizer, eval_batches
+from jaxheads.data import DataConfig, eval_batches
 from jaxheads.typing import Array
 from jaxheads.viz import head_map, head_table
-from launch import flags
+from launch import flags, loading
+
 
 def attention_at_offset(pattern: Array, *, offset: int, first: int) -> Array:
     """[B,H,T,S] -> [H]: mean over queries t >= first of the attention from t to t - offset."""
@@ -102,7 +103,8 @@ def define_flags() -> None:
     flags.define_common()
     text, number = absl_flags.DEFINE_string, absl_flags.DEFINE_integer
     text("model", "runs/demo", "Model directory or training workdir.")
-    text("data", "stdlib", "Held-out text the maps are computed on.")
+    text("tokenizer", None, "'bytes' or a tokenizer.json; default: the one beside the model.")
+    text("data", None, "Text for the maps; default: the held-out part of stdlib.")
     text("workdir", None, "Where results go; default: MODEL/head_map.")
     text("mesh", "", "Device mesh, such as data:2,model:4.")
     number("batch_size", 8, "Sequences.", lower_bound=1)
@@ -114,13 +116,11 @@ def define_flags() -> None:
 def main() -> None:
     """Compute the maps, print them, and write them to the workdir."""
     given = absl_flags.FLAGS
-    mesh = jh.parallel.make_mesh(given.mesh)
-    model = jh.load(given.model, mesh=mesh)
-    has_tokenizer = (Path(given.model) / "tokenizer.json").is_file()
+    model, tokenizer, mesh = loading.load(given.model, given.tokenizer, given.mesh, None)
     data = DataConfig(
-        path=given.data,
-        tokenizer=str(given.model) if has_tokenizer else "bytes",
-        split="validation",
+        path=given.data or "stdlib",
+        tokenizer=tokenizer.spec,
+        split="all" if given.data else "validation",  # a run trains on the rest of the default
         batch_size=given.batch_size,
         seq_len=given.seq_len,
     )
@@ -137,7 +137,6 @@ def main() -> None:
         {**flags.provenance(), "maps": {name: values.tolist() for name, values in maps.items()}},
     )
     increase = maps["loss increase"]
-    head_map(increase, workdir / "head_map.png", title="loss increase (nats)")
     heads = jh.heads.top_k(increase, min(given.top, increase.size))
     jh.heads.to_json(
         workdir / "heads.json",
@@ -145,12 +144,13 @@ def main() -> None:
         num_heads=model.cfg.num_heads,
         heads=heads,
         model=given.model,
-        meta={"method": "loss increase under zero ablation", "data": given.data},
+        meta={"method": "loss increase under zero ablation", "data": data.path},
     )
+    head_map(increase, workdir / "head_map.png", title="loss increase (nats)")
     print(
         f"\nThe {len(heads)} heads the model needs most: "
         f"{', '.join(jh.heads.label(h) for h in heads)} (layer.head). To evaluate without them:\n"
-        f"  python -m launch.evaluate --model={given.model} --data={given.data} "
+        f"  python -m launch.evaluate --model={given.model} "
         f"--heads={workdir / 'heads.json'} --edit=ablate"
     )
 

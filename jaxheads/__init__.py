@@ -1,11 +1,11 @@
 """jaxheads: attention heads as first-class, editable, shardable objects in JAX.
 
-    import jaxheads as jh
+import jaxheads as jh
 
-    model = jh.load("gpt2-directory")
-    logits = jh.forward(model, tokens).logits
-    quiet = jh.ablate(jh.forward, [(9, 6), (9, 9)])
-    text = jh.generate(model, tokens, max_new_tokens=20, forward=quiet)
+model = jh.load("gpt2-directory")
+logits = jh.forward(model, tokens).logits
+quiet = jh.ablate(jh.forward, [(9, 6), (9, 9)])
+text = jh.generate(model, tokens, max_new_tokens=20, forward=quiet)
 """
 
 from jaxheads import attention, heads, models, parallel, taps

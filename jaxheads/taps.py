@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxheads.typing import Array, PyTree
+from jaxheads.typing import Array, PyTree, is_traced
 
 STACK_SITES: Mapping[str, str] = {
     "resid_pre": "B T M",
@@ -233,7 +233,7 @@ class Taps:
                     f"{model} has no site {request.site!r}. Sites of {model}: {', '.join(sites)}."
                 )
             layer = request.layer
-            if layer is None or isinstance(layer, jax.core.Tracer):
+            if layer is None or is_traced(layer):
                 continue
             if not 0 <= int(layer) < num_layers:
                 raise ValueError(
@@ -301,7 +301,7 @@ class Tap:
         if missed:
             raise NotImplementedError(
                 f"{where} never formed the site {sorted(missed)[0]!r} that an edit or a record "
-                "asks for; use implementation='dense', or ask for another site ('lse' and 'z' are "
+                "asks for; use implementation='dense' or 'auto', or ask for another site ('z' is "
                 "formed by every implementation)."
             )
         return self.seen

@@ -14,7 +14,13 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 Array: TypeAlias = jax.Array
 ArrayLike: TypeAlias = jax.Array | np.ndarray | float | int | bool
 PyTree: TypeAlias = Any
+
+
+def is_traced(x: Any) -> bool:
+    """Whether a value is not known until the program runs: an argument under `jax.jit` and such."""
+    return isinstance(x, Tracer)

@@ -16,7 +16,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +155,7 @@ def attention(
         implementation=implementation,
     )
     z, lse = attend(q, k, v, ctx, needs_lse=return_lse)
-    return AttentionOutput(z, lse) if return_lse else z
+    return AttentionOutput(z, cast(Array, lse)) if return_lse else z
 
 
 def attend(

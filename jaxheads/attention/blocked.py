@@ -17,7 +17,7 @@ derivatives only (a custom rule); forward mode needs the dense implementation.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +116,7 @@ def blocked_attention(
     static = _Static(scale, soft_cap, block_q, block_k, num_keys, groups)
     mask = mask.pad(padded_queries, padded_keys)
     arrays, mask = _vary_like((arrays, mask), arrays, mask)
-    z, lse = _attend(static, arrays, mask)
+    z, lse = cast(tuple[Array, Array], _attend(static, arrays, mask))
     z = ungroup_rows(z, padded_queries)[:, :num_queries]
     return z, ungroup_lse(lse, padded_queries)[..., :num_queries]
 
@@ -124,9 +124,8 @@ def blocked_attention(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static: _Static, arrays: _Arrays, mask: Mask) -> tuple[Array, Array]:
     """z [B,K,X,W] in the dtype of q and lse [B,K,X] float32."""
-    z, lse = jax.lax.map(
-        lambda q_start: _attend_block(static, arrays, mask, q_start), _q_starts(static, arrays)
-    )
+    attend_block = lambda q_start: _attend_block(static, arrays, mask, q_start)
+    z, lse = jax.lax.map(attend_block, _q_starts(static, arrays))
     return _join_blocks(z), _join_blocks(lse)
 
 
@@ -184,7 +183,7 @@ def _scores(static: _Static, arrays: _Arrays, mask: Mask, q: Array, q_start, k_s
 
 
 def _attend_fwd(static: _Static, arrays: _Arrays, mask: Mask):
-    z, lse = _attend(static, arrays, mask)
+    z, lse = cast(tuple[Array, Array], _attend(static, arrays, mask))
     return (z, lse), (arrays, mask, z, lse)
 
 
@@ -201,8 +200,8 @@ def _attend_bwd(static: _Static, residuals, cotangents):
     arrays, mask, z, lse = residuals
     dz, dlse = cotangents
     delta = (z.astype(jnp.float32) * dz.astype(jnp.float32)).sum(axis=-1) - dlse  # [B,K,X]
-    zeros = lambda x: None if x is None else jnp.zeros(x.shape, jnp.float32)
-    grads = _Grads(*(zeros(x) for x in (arrays.k, arrays.v, arrays.bias, arrays.slopes)))
+    summed = _Grads(arrays.k, arrays.v, arrays.bias, arrays.slopes)
+    grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), summed)
 
     def one_block(grads, q_start):
         return _backward_block(static, arrays, mask, q_start, dz, lse, delta, grads)
@@ -217,8 +216,7 @@ def _attend_bwd(static: _Static, residuals, cotangents):
         by_head = (share * delta).reshape(batch, num_kv_heads, -1, static.groups[1])
         dsinks = -by_head.sum(axis=(0, 2)).reshape(-1)
     found = _Arrays(_join_blocks(dq), grads.k, grads.v, grads.bias, dsinks, grads.slopes)
-    cast = lambda x, dx: None if x is None else dx.astype(x.dtype)
-    return _Arrays(*(cast(x, dx) for x, dx in zip(arrays, found, strict=True))), None
+    return jax.tree.map(lambda x, dx: dx.astype(x.dtype), arrays, found), None
 
 
 def _backward_block(static, arrays, mask, q_start, dz, lse, delta, grads):

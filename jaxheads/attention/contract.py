@@ -12,7 +12,7 @@ from jaxheads.attention.masks import Mask
 from jaxheads.taps import NO_TAP, Tap
 from jaxheads.typing import Array, PyTree
 
-Rotate = Callable[[Array, Array], Array]
+Rotate = Callable[[Array, Any], Array]
 
 
 _STATIC = {"static": True}

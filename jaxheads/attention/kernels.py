@@ -7,7 +7,7 @@ it does), `<name>_attention(request)` runs one that fits.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -154,14 +154,14 @@ def _splash_segments(mask: Mask, num_queries: int, num_keys: int) -> tuple[Array
 
     Splash lets equal ids see each other, so an invisible key gets an id that no query has.
     """
-    if mask.q_segment_ids is None and mask.key_mask is None:
-        return None
-    if mask.q_segment_ids is None:
-        batch = mask.key_mask.shape[0]
-        q_ids, k_ids = jnp.ones((batch, num_queries), jnp.int32), jnp.ones((1, num_keys), jnp.int32)
-    else:
+    if mask.q_segment_ids is not None:
         q_ids = mask.q_segment_ids
         k_ids = q_ids if mask.k_segment_ids is None else mask.k_segment_ids
+    elif mask.key_mask is not None:
+        q_ids = jnp.ones((mask.key_mask.shape[0], num_queries), jnp.int32)
+        k_ids = jnp.ones((1, num_keys), jnp.int32)
+    else:
+        return None
     is_key = k_ids != 0
     if mask.key_mask is not None:
         is_key = is_key & mask.key_mask
@@ -198,18 +198,15 @@ def xla_reason_not(request: Request) -> str | None:
     return next((reason for holds, reason in reasons if holds), None)
 
 
-def jax_nn_attention(request: Request, implementation: str) -> tuple[Array, None]:
+def jax_nn_attention(
+    request: Request, implementation: Literal["xla", "cudnn"]
+) -> tuple[Array, None]:
     """`jax.nn.dot_product_attention`; causality and windows stay structure where it has them."""
     mask = request.mask
     num_queries, num_keys = request.num_queries, request.num_keys
-    is_native = (
-        mask.q_index is None
-        and mask.k_index is None
-        and num_queries == num_keys
-        and (mask.is_causal or mask.window is None)
-    )
-    structure = {}
-    if is_native and mask.is_causal:
+    has_indices = mask.q_index is not None or mask.k_index is not None
+    structure: dict[str, Any] = {}
+    if mask.is_causal and num_queries == num_keys and not has_indices:
         structure = {"is_causal": True}
         if mask.window is not None:
             structure["local_window_size"] = (mask.window - 1, 0)

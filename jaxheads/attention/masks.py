@@ -129,14 +129,10 @@ class Mask:
         if self.k_index is not None or (not self.is_causal and self.window is None):
             return low, high
         q = _indices(self.q_index, q_span)
-        first, last = q.min(), q.max()
         if self.window is not None:
-            low = jnp.clip(first - self.window + 1, 0, num_keys)
-        if self.is_causal:
-            high = jnp.clip(last + 1, 0, num_keys)
-        else:
-            high = jnp.clip(last + self.window, 0, num_keys)
-        return low, high
+            low = jnp.clip(q.min() - self.window + 1, 0, num_keys)
+        ahead = 1 if self.is_causal or self.window is None else self.window
+        return low, jnp.clip(q.max() + ahead, 0, num_keys)
 
     def pad(self, num_queries: int, num_keys: int) -> Mask:
         """The same mask for sequences padded at the end to these lengths.
@@ -173,12 +169,12 @@ class Mask:
         if not self.is_causal and self.window is None:
             return None
         distance = self.relative_index(q_span, k_span)
-        if not self.is_causal:
-            visible = jnp.abs(distance) < self.window
-        elif self.window is None:
+        if self.window is None:
             visible = distance >= 0
-        else:
+        elif self.is_causal:
             visible = (distance >= 0) & (distance < self.window)
+        else:
+            visible = jnp.abs(distance) < self.window
         return visible[None, None] if visible.ndim == 2 else visible[:, None]
 
     def _segment_tile(self, q_span: Span, k_span: Span) -> Array | None:

@@ -66,6 +66,11 @@ class RopeConfig:
         if self.scaling == "longrope" and not (self.short_factor and self.long_factor):
             raise ValueError("scaling='longrope' needs short_factor and long_factor.")
 
+    @property
+    def original_length(self) -> int:
+        """`original_max_positions` where the scaling has it, else 0."""
+        return self.original_max_positions or 0
+
     def rotary_dim(self, head_dim: int) -> int:
         """R, the number of channels that rotate."""
         return int(head_dim * self.fraction)
@@ -165,7 +170,7 @@ def _linear(cfg: RopeConfig, inv_freq: np.ndarray, length: int | None):
 
 def _llama3(cfg: RopeConfig, inv_freq: np.ndarray, length: int | None):
     """Long wavelengths are divided by factor, short ones kept, the rest blended."""
-    rotations = cfg.original_max_positions * inv_freq / (2 * math.pi)
+    rotations = cfg.original_length * inv_freq / (2 * math.pi)
     keep = (rotations - cfg.low_freq_factor) / (cfg.high_freq_factor - cfg.low_freq_factor)
     keep = np.clip(keep, 0.0, 1.0)
     return keep * inv_freq + (1 - keep) * inv_freq / cfg.factor, 1.0
@@ -177,7 +182,7 @@ def _yarn(cfg: RopeConfig, inv_freq: np.ndarray, length: int | None):
 
     def channel(num_rotations: float) -> float:
         """The channel that turns `num_rotations` times over the original context."""
-        turns = cfg.original_max_positions / (num_rotations * 2 * math.pi)
+        turns = cfg.original_length / (num_rotations * 2 * math.pi)
         return rotary_dim * math.log(turns) / (2 * math.log(cfg.theta))
 
     low, high = channel(cfg.beta_fast), channel(cfg.beta_slow)
@@ -203,7 +208,7 @@ def _yarn_attention_factor(cfg: RopeConfig) -> float:
 
 
 def _longrope(cfg: RopeConfig, inv_freq: np.ndarray, length: int | None):
-    is_long = length is not None and length > cfg.original_max_positions
+    is_long = length is not None and length > cfg.original_length
     name = "long_factor" if is_long else "short_factor"
     factors = np.asarray(getattr(cfg, name), np.float64)
     if len(factors) != len(inv_freq):
@@ -213,7 +218,7 @@ def _longrope(cfg: RopeConfig, inv_freq: np.ndarray, length: int | None):
         )
     attention_factor = cfg.attention_factor
     if attention_factor is None:
-        growth = math.log(max(cfg.factor, 1.0)) / math.log(cfg.original_max_positions)
+        growth = math.log(max(cfg.factor, 1.0)) / math.log(cfg.original_length)
         attention_factor = math.sqrt(1 + growth)
     return inv_freq / factors, attention_factor
 

@@ -30,9 +30,8 @@ def apply(params: None, q: Array, k: Array, v: Array, ctx: AttentionContext) -> 
         q = tap("q_rot", ctx.rotate(q, ctx.q_positions))
         if not ctx.k_is_rotated:
             k = tap("k_rot", ctx.rotate(k, ctx.k_positions))
-    wants_lse = tap.wants("lse")
-    z, lse = attend(q, k, v, ctx, needs_lse=wants_lse)
-    if wants_lse:
+    z, lse = attend(q, k, v, ctx, needs_lse=tap.wants("lse"))
+    if lse is not None and tap.wants("lse"):
         lse = tap("lse", lse)
     return HeadsOut(z, lse, {})
 

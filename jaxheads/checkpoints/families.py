@@ -67,6 +67,12 @@ def _scalar_to_scale(scale: float) -> float:
 SCALAR = NUMBER._replace(read=lambda v: float(v) ** -0.5, write=_scalar_to_scale)
 
 
+LAYERS = COUNT._replace(
+    needed="a positive integer up to 10000",
+    accepts=lambda v: COUNT.accepts(v) and v <= 10_000,  # tables are made per layer
+)
+
+
 class Field(NamedTuple):
     """A field of config.json and the field (or fields) of `ModelConfig` it sets."""
 
@@ -256,7 +262,7 @@ _GPT_SIZES = lambda vocab, positions, width, layers, heads: (
     Field("vocab_size", "vocab_size", vocab),
     Field("n_positions", "max_positions", positions),
     Field("n_embd", "model_dim", width),
-    Field("n_layer", "num_layers", layers),
+    Field("n_layer", "num_layers", layers, LAYERS),
     Field("n_head", "num_heads", heads),
     Field("n_inner", "mlp_dim", None, COUNT_OR_NULL),
     Field("activation_function", "activation", "gelu_new", _activation("gelu_new")),
@@ -269,7 +275,7 @@ def _sizes(vocab, positions, width, layers, heads, mlp, mlp_name="intermediate_s
         Field("vocab_size", "vocab_size", vocab),
         Field("max_position_embeddings", "max_positions", positions),
         Field("hidden_size", "model_dim", width),
-        Field("num_hidden_layers", "num_layers", layers),
+        Field("num_hidden_layers", "num_layers", layers, LAYERS),
         Field("num_attention_heads", "num_heads", heads),
         Field(mlp_name, "mlp_dim", mlp),
     )

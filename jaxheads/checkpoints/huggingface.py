@@ -6,7 +6,6 @@ holds more of the model than its devices do. Saving streams one tensor at a time
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -33,7 +32,7 @@ from jaxheads.checkpoints.directory import (
 from jaxheads.checkpoints.families import from_hf, to_hf
 from jaxheads.checkpoints.names import NAME_MAPS, NameMap, Row
 from jaxheads.checkpoints.safetensors import DTYPES, Stored, Tensor
-from jaxheads.models import Decoder, ModelConfig
+from jaxheads.models import Decoder, ModelConfig, with_config
 from jaxheads.typing import PyTree
 
 
@@ -56,15 +55,21 @@ def load(path_or_name: str | Path, *, dtype: Any = None, mesh: Mesh | None = Non
     """
     name = None if dtype is None else _dtype_name(dtype)
     directory = locate(path_or_name)
-    if not (directory / CONFIG).is_file() or (directory / "checkpoints").is_dir():
+    has_weights = (directory / WEIGHTS).is_file() or (directory / INDEX).is_file()
+    is_run = (directory / "checkpoints").is_dir() and not has_weights
+    if is_run or not (directory / CONFIG).is_file():
         return _load_training(directory, name, mesh)
     config = read_json(directory / CONFIG)
-    cfg = from_hf(config)
+    try:
+        cfg = from_hf(config)
+    except (ValueError, NotImplementedError) as error:
+        raise type(error)(f"{directory}: {error}") from error
     names_of = NAME_MAPS.get(config["model_type"])  # None: our own names
-    homes = _homes(cfg, names_of, _flatten(_abstract(cfg))[0])
+    abstract: Decoder = jax.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0)))
+    homes = _homes(cfg, names_of, _flatten(abstract)[0])
     tensors = _match(cfg, names_of, homes, open_weights(directory), str(directory))
-    cfg = _with_dtype(cfg, tensors, name)
-    return _build(cfg, homes, tensors, None if name is None else jnp.dtype(name), mesh)
+    model = _build(abstract, homes, tensors, None if name is None else jnp.dtype(name), mesh)
+    return with_config(model, **_dtypes(tensors, name))
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -113,10 +118,6 @@ def _flatten(model: PyTree) -> tuple[dict[str, nnx.Variable], Any]:
     leaves, structure = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_variable)
     key = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
     return {key(path): leaf for path, leaf in leaves}, structure
-
-
-def _abstract(cfg: ModelConfig) -> Decoder:
-    return jax.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0)))
 
 
 def _homes(
@@ -213,30 +214,29 @@ def _canonical(
     return found
 
 
-def _with_dtype(cfg: ModelConfig, tensors: Mapping[str, Stored], name: str | None) -> ModelConfig:
-    """`cfg` with the dtype asked for, or else the one that most of the weights are stored in."""
+def _dtypes(tensors: Mapping[str, Stored], name: str | None) -> dict[str, str]:
+    """The dtypes of the configuration: as asked for, or else what most weights are stored in."""
     if name is not None:
-        return dataclasses.replace(cfg, param_dtype=name, compute_dtype=name)
+        return {"param_dtype": name, "compute_dtype": name}
     sizes: dict[str, int] = {}
     for tensor in tensors.values():
         dtype = DTYPES[tensor.dtype].name
         sizes[dtype] = sizes.get(dtype, 0) + tensor.num_bytes
-    return dataclasses.replace(cfg, param_dtype=max(sizes, key=lambda d: sizes[d]))
+    return {"param_dtype": max(sizes, key=lambda d: sizes[d])}
 
 
 def _build(
-    cfg: ModelConfig,
+    abstract: Decoder,
     homes: Mapping[str, Home],
     tensors: Mapping[str, Stored],
     dtype: np.dtype | None,
     mesh: Mesh | None,
 ) -> Decoder:
     """The model with every shard of every parameter read from its tensors."""
-    model = _abstract(cfg)
-    leaves, structure = _flatten(model)
+    leaves, structure = _flatten(abstract)
     places: dict[str, Sharding | None] = dict.fromkeys(leaves)
     if mesh is not None:
-        shardings = _flatten(parallel.shardings(model, mesh))[0]
+        shardings = _flatten(parallel.shardings(abstract, mesh))[0]
         places = {path: leaf.get_raw_value() for path, leaf in shardings.items()}
     built: dict[str, nnx.Variable] = {}
     # Largest first: what copying takes on top is then on top of little else.
@@ -255,8 +255,8 @@ def _build(
 
 def _reader(
     home: Home, stored: list[Stored], shape: tuple[int, ...], dtype: np.dtype
-) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """A function from an index of the parameter to a new array with that part of it."""
+) -> Callable[[Any], np.ndarray]:
+    """A function from an index of the parameter (slices) to a new array with that part of it."""
     done: dict[tuple, np.ndarray] = {}  # parts that several devices hold alike
 
     def copy(target: np.ndarray, i: int, index: tuple[slice, ...]) -> None:
@@ -357,9 +357,12 @@ def _tensors(model: Decoder, names_of: NameMap | None) -> list[Tensor]:
     for home in homes.values():
         for i, row in enumerate(home.rows):
             readers.setdefault(row.name, []).append((row, i if home.stacked else None))
-    order = sorted(readers, key=lambda n: -1 if readers[n][0][1] is None else readers[n][0][1])
-    return [_tensor(name, readers[name], homes[readers[name][0][0].path].sizes, leaves)
-            for name in order]  # fmt: skip
+    order = {name: -1 if held[0][1] is None else held[0][1] for name, held in readers.items()}
+    sizes = {row.name: home.sizes for home in homes.values() for row in home.rows}
+    return [
+        _tensor(name, readers[name], sizes[name], leaves)
+        for name in sorted(readers, key=order.__getitem__)
+    ]
 
 
 def _tensor(

@@ -28,7 +28,7 @@ class Kind(NamedTuple):
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 < value < 2**63
+    return type(value) is int and 0 < value < 2**31
 
 
 def _is_number(value: Any) -> bool:

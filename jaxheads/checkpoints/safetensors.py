@@ -162,7 +162,7 @@ def chunks(tensors: list[Tensor]) -> Iterator[bytes | memoryview]:
     yield header(tensors)
     for t in tensors:
         value = np.ascontiguousarray(t.value())
-        yield memoryview(value.reshape(-1).view(np.uint8))
+        yield value.reshape(-1).view(np.uint8).data
 
 
 def write(path: Path, tensors: list[Tensor]) -> None:

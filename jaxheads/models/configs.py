@@ -11,9 +11,16 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from jaxheads.attention.rope import RopeConfig
+
+if TYPE_CHECKING:
+    Derived: TypeAlias = int
+else:
+    Derived: TypeAlias = int | None
+"""A size that may be left out and is then derived from the others: never None once built."""
+_DERIVED: Any = None
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "positions": ("rope", "learned", "alibi", "none"),
@@ -64,15 +71,15 @@ class ModelConfig:
     num_layers: int = 4  # L
     model_dim: int = 128  # M, residual width
     num_heads: int = 8  # H, query heads
-    num_kv_heads: int | None = None  # K; None: as many as query heads
-    head_dim: int | None = None  # D; None: model_dim / num_heads
-    mlp_dim: int | None = None  # F; None: 4 * model_dim
+    num_kv_heads: Derived = _DERIVED  # K; None: as many as query heads
+    head_dim: Derived = _DERIVED  # D; None: model_dim / num_heads
+    mlp_dim: Derived = _DERIVED  # F; None: 4 * model_dim
     max_positions: int = 2048  # longest sequence of learned positions; nominal for RoPE
-    embed_dim: int | None = None  # width of the embedding table where it differs from model_dim
+    embed_dim: Derived = _DERIVED  # width of the embedding table where it differs from model_dim
 
     positions: str = "rope"  # rope | learned | alibi | none
     position_offset: int = 0  # rows of the position table before position 0 (OPT: 2)
-    rope: RopeConfig = RopeConfig()  # noqa: RUF009 (frozen)
+    rope: RopeConfig = RopeConfig()
     local_rope: RopeConfig | None = None  # rotary settings of the layers with a window (Gemma 3)
 
     norm: str = "rmsnorm"  # rmsnorm | layernorm

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +37,8 @@ from jaxheads.models.layers import (
 )
 from jaxheads.parallel import constrain
 from jaxheads.taps import NO_TAPS, OUTER_SITES, SITES, STACK_SITES, Tap, TapContext, Taps
-from jaxheads.typing import Array, PyTree
+from jaxheads.typing import Array, PyTree, is_traced
 
-M = TypeVar("M", bound=nnx.Module)
 RESIDUAL = ("batch", "length", "act_embed")
 
 
@@ -135,7 +134,7 @@ def _variant_params(cfg: ModelConfig, rngs: nnx.Rngs) -> list[PyTree]:
     return stacks
 
 
-def with_config(model: M, **changes: Any) -> M:
+def with_config(model: Decoder, **changes: Any) -> Decoder:
     """The same parameters under a changed configuration (``remat="full"``, an implementation)."""
     new = copy.copy(model)
     new.cfg = dataclasses.replace(model.cfg, **changes)
@@ -272,15 +271,15 @@ def _forward(model: Decoder, tokens, positions, segment_ids, cache, embeddings, 
 
     if cache is not None:
         ids = jnp.ones((batch, length), jnp.int32) if segment_ids is None else segment_ids
-        start = cache.index
+        slots = cache.index + jnp.arange(length, dtype=jnp.int32)
         cache = cache.write_tokens(ids, jnp.broadcast_to(positions, (batch, length)))
-        run = _Run(cfg, positions, ids, cache.segment_ids, start, cache.num_slots)
+        run = _Run(cfg, positions, cache.positions, ids, cache.segment_ids, slots, cache.num_slots)
         kv = (cache.k, cache.v)
     else:
-        run = _Run(cfg, positions, segment_ids, segment_ids, None, length)
+        run = _Run(cfg, positions, positions, segment_ids, segment_ids, None, length)
         kv = None
     x, kv, seen, aux = _run_layers(model, x, kv, run, taps.only(STACK_SITES))
-    if cache is not None:
+    if cache is not None and kv is not None:
         cache = dataclasses.replace(cache, k=kv[0], v=kv[1])
 
     x = tap("final_norm_in", x)
@@ -330,7 +329,7 @@ def _check_inputs(cfg, tokens, positions, segment_ids, cache, embeddings) -> Non
     if cache is not None:
         if cache.k.shape[1] != batch:
             raise ValueError(f"the cache holds {cache.k.shape[1]} rows, tokens {batch}.")
-        used = 0 if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
+        used = 0 if is_traced(cache.index) else int(cache.index)
         if used + length > cache.num_slots:
             raise ValueError(
                 f"the cache has {cache.num_slots} slots, {used} of them used: no room for "
@@ -340,7 +339,7 @@ def _check_inputs(cfg, tokens, positions, segment_ids, cache, embeddings) -> Non
 
 def check_token_ids(tokens: Array | np.ndarray, vocab_size: int) -> None:
     """Raise when known token ids lie outside the vocabulary (traced ones are not looked at)."""
-    if isinstance(tokens, jax.core.Tracer) or not getattr(tokens, "is_fully_addressable", True):
+    if is_traced(tokens) or not getattr(tokens, "is_fully_addressable", True):
         return
     ids = np.asarray(tokens)
     low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
@@ -357,24 +356,23 @@ class _Run(NamedTuple):
     cfg: ModelConfig
     positions: Array
     """[T] or [B,T]"""
+    k_positions: Array
+    """[S] or [B,S]"""
     segment_ids: Array | None
     """[B,T]"""
     k_segment_ids: Array | None
     """[B,S]"""
-    start: Array | None
-    """The cache slot of the first token; None without a cache."""
+    slots: Array | None
+    """[T] the cache slots of the tokens; None without a cache."""
     num_keys: int
     """S: the slots of the cache, or T."""
 
     def mask(self, spec: LayerSpec) -> attention.Mask:
         """Who sees whom in a layer of this kind."""
-        index = None
-        if self.start is not None:
-            index = self.start + jnp.arange(self.segment_ids.shape[1], dtype=jnp.int32)
         return attention.Mask(
             is_causal=True,
             window=spec.window,
-            q_index=index,
+            q_index=self.slots,
             q_segment_ids=self.segment_ids,
             k_segment_ids=self.k_segment_ids,
         )
@@ -493,21 +491,21 @@ def _attend(spec, run: _Run, weights: Attention, variant_params, x, kv, layer, t
         tap=tap,
         rotate=rotation,
         q_positions=run.positions,
-        k_positions=run.positions,
+        k_positions=run.k_positions,
         mask=run.mask(spec),
         scale=cfg.score_scale,
         soft_cap=cfg.attn_soft_cap,
         sinks=None if weights.sinks is None else weights.sinks[...],
-        alibi_slopes=attention.alibi_slopes(cfg.num_heads) if cfg.positions == "alibi" else None,
+        alibi_slopes=_alibi_slopes(cfg),
         x=x,
         layer=layer,
         implementation=cfg.implementation,
     )
-    if kv is not None:
+    if kv is not None and run.slots is not None:
         if rotation is not None and variant.supports.caches_rotated_keys:
             k = tap("k_rot", rotation(k, run.positions))
             ctx = dataclasses.replace(ctx, k_is_rotated=True)
-        kv, k, v = _append(kv, k, v, layer, run.start)
+        kv, k, v = _append(kv, k, v, layer, run.slots[0])
     out = variant.apply(variant_params, q, k, v, ctx)
     z = tap("z", constrain(out.z, head_axes))
 
@@ -519,13 +517,19 @@ def _attend(spec, run: _Run, weights: Attention, variant_params, x, kv, layer, t
     return add_bias(y, weights.bo), kv, out.aux
 
 
+def _alibi_slopes(cfg: ModelConfig) -> Array | None:
+    return jnp.asarray(attention.alibi_slopes(cfg.num_heads)) if cfg.positions == "alibi" else None
+
+
 def _rotation(cfg: ModelConfig, spec: LayerSpec, num_keys: int) -> Callable | None:
     """The rotation (x, positions) -> x of a layer, None without rotary positions."""
     rope = cfg.rope_of(spec)
     if rope is None:
         return None
     inv_freq, scaling = inverse_frequencies(rope, cfg.head_dim, length=num_keys)
-    return partial(rotate, inv_freq=inv_freq, interleaved=rope.interleaved, scaling=scaling)
+    return partial(
+        rotate, inv_freq=jnp.asarray(inv_freq), interleaved=rope.interleaved, scaling=scaling
+    )
 
 
 def _append(kv, k: Array, v: Array, layer: Array, start: Array):

@@ -52,7 +52,7 @@ def ones(key: Array, shape: tuple[int, ...], dtype) -> Array:
 def param(
     rngs: nnx.Rngs,
     shape: tuple[int, ...],
-    axes: tuple[str, ...],
+    axes: tuple[str | None, ...],
     init: Initializer,
     dtype: str = "float32",
 ) -> nnx.Param:

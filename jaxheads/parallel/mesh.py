@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -82,7 +83,7 @@ def mesh_shape(sizes: Mapping[str, int], num_devices: int, *, exact: bool) -> tu
 
 def make_mesh(
     spec: str | Mapping[str, int] = "",
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
     *,
     exact: bool = False,
 ) -> Mesh:

@@ -25,10 +25,19 @@ if TYPE_CHECKING:
 
 Schedule = Callable[[Array], Array]
 
-_NEEDS_MORE = frozenset(
-    {"lbfgs", "dpsgd", "momo", "momo_adam", "sophia", "schedule_free_adamw", "schedule_free_sgd"}
-)
-"""Optimisers that want loss values, example-wise gradients or other weights for evaluation."""
+_UNUSABLE: Mapping[str, str] = {
+    "lbfgs": "needs the loss function itself",
+    "momo": "needs the loss value",
+    "momo_adam": "needs the loss value",
+    "sophia": "needs the loss function itself",
+    "dpsgd": "needs the gradient of each example",
+    "noisy_sgd": "needs a random key",
+    "schedule_free_adamw": "evaluates at other weights than it trains",
+    "schedule_free_sgd": "evaluates at other weights than it trains",
+    "sm3": "cannot follow a schedule",
+    "optimistic_adam": "cannot follow a schedule (optimistic_adam_v2 can)",
+}
+"""Optimisers of optax that a train step cannot drive, and why."""
 
 _DEFAULTS: Mapping[str, Mapping[str, float]] = {"adamw": {"b2": 0.95, "weight_decay": 0.1}}
 """Where language models are commonly trained with other values than optax's defaults."""
@@ -53,7 +62,7 @@ def _find_optimizers() -> Iterator[tuple[str, Callable]]:
     for module in (optax.contrib, optax):
         for name in dir(module):
             fn = getattr(module, name)
-            if name.startswith(("_", "scale_by_")) or name in _NEEDS_MORE:
+            if name.startswith(("_", "scale_by_")) or name in _UNUSABLE:
                 continue
             if not (inspect.isfunction(fn) or isinstance(fn, functools.partial)):
                 continue
@@ -67,10 +76,10 @@ def check_optimizer(cfg: TrainConfig) -> None:
     """Raise when `cfg.optimizer` is unknown or cannot honour an option that was set."""
     from jaxheads.training.configs import unknown_name
 
-    if cfg.optimizer in _NEEDS_MORE:
+    if cfg.optimizer in _UNUSABLE:
         raise ValueError(
-            f"optimizer={cfg.optimizer!r} needs more than gradients (loss values, example-wise "
-            "gradients or separate evaluation weights); choose another, such as 'adamw'."
+            f"optimizer={cfg.optimizer!r} {_UNUSABLE[cfg.optimizer]}, which the train step does "
+            "not offer; choose another, such as 'adamw'."
         )
     if cfg.optimizer not in optimizers():
         raise ValueError(unknown_name("optimizer", cfg.optimizer, optimizers()))
@@ -139,6 +148,7 @@ def make_optimizer(cfg: TrainConfig) -> optax.GradientTransformation:
     if cfg.optimizer == "muon":
         options["muon_weight_dimension_numbers"] = _muon_dimensions
         options["adam_weight_decay"] = options.get("weight_decay", 0.0)
+        options["consistent_rms"] = 0.2  # AdamW's learning rates carry over (arXiv:2502.16982)
     optimizer = make(**options)
     if cfg.trainable != ("*",):
         labels = lambda tree: jax.tree.map(

@@ -131,7 +131,16 @@ SPLASH = {
 }
 
 
-@pytest.mark.parametrize("name", SPLASH)
+FAST_SPLASH = ("window", "segments and padding", "sinks")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in FAST_SPLASH else pytest.param(name, marks=pytest.mark.slow)
+        for name in SPLASH
+    ],
+)
 def test_splash_equals_dense_in_the_kernel_interpreter(name):
     fields, options = SPLASH[name]
     rng = np.random.default_rng(0)
