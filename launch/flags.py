@@ -34,6 +34,12 @@ def define_common() -> None:
     flags.DEFINE_integer(
         "simulated_devices", 0, "Run on this many simulated CPU devices.", lower_bound=0
     )
+    flags.DEFINE_string(
+        "processes",
+        None,
+        "Run together with other processes: 'auto' on TPU pods, SLURM and Open MPI, or "
+        "HOST:PORT,INDEX,COUNT with the address of process 0.",
+    )
     flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 
@@ -81,6 +87,25 @@ def simulate_devices(count: int) -> None:
         ) from error
 
 
+def parse_processes(text: str) -> dict[str, Any]:
+    """Arguments of `jax.distributed.initialize`: none for ``"auto"``."""
+    if text == "auto":
+        return {}
+    address, _, numbers = text.partition(",")
+    index, _, count = numbers.partition(",")
+    is_address = address.rpartition(":")[0] and address.rpartition(":")[2].isdigit()
+    if not (is_address and index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise ValueError(
+            f"processes={text!r} cannot be read; write 'auto', or HOST:PORT,INDEX,COUNT with INDEX "
+            "below COUNT, for example 10.0.0.1:1234,0,2."
+        )
+    return {
+        "coordinator_address": address,
+        "process_id": int(index),
+        "num_processes": int(count),
+    }
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Runs ``main()`` as a command: its result is the exit code, bad input is a message and 2.
 
@@ -103,6 +128,10 @@ def run(main: Callable[[], int | None]) -> None:
         try:
             if flags.FLAGS.simulated_devices:
                 simulate_devices(flags.FLAGS.simulated_devices)
+            if flags.FLAGS.processes:
+                import jax
+
+                jax.distributed.initialize(**parse_processes(flags.FLAGS.processes))
             return main()
         except _USER_ERRORS as error:
             if flags.FLAGS.debug:

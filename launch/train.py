@@ -87,7 +87,7 @@ def resolve(
     base = _read_config(config) if config else {}
     kinds = {"data": DataConfig, "train": TrainConfig, "sample": SampleConfig}
     # A long run should not lose everything, nor go unwatched, because nobody set these.
-    base = {"train": {"eval_every": 200, "checkpoint_every": 200}} | base
+    base = {"train": {"eval_every": 200, "checkpoint_every": 200}, **base}
     sections = {
         name: override(
             from_json(kind, base.get(name, {}), section=name), settings[name], section=name
@@ -101,7 +101,7 @@ def resolve(
         data=data,
         train=sections["train"],
         sample=sections["sample"],
-        mesh=base.get("mesh", "") if mesh is None else mesh,
+        mesh=str(base.get("mesh", "")) if mesh is None else mesh,
         workdir=f"runs/{Path(name or 'model').name}" if workdir is None else workdir,
     )
     return Plan(run, None if source is None else lambda: _load(source, run))

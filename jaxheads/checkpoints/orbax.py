@@ -378,7 +378,9 @@ def gather_states(state: Mapping[str, Any]) -> dict[str, Any]:
     padded = np.zeros(int(lengths.max()), np.uint8)
     padded[: len(text)] = text
     rows = multihost_utils.process_allgather(padded)
-    return merge_states([json.loads(bytes(row[:n])) for row, n in zip(rows, lengths)])
+    states = [json.loads(bytes(row[:n])) for row, n in zip(rows, lengths)]
+    # Processes that a model or context axis spans read the same rows.
+    return merge_states(list({tuple(state["rows"]): state for state in states}.values()))
 
 
 def _wait_for_all(name: str) -> None:

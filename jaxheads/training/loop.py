@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ def check_vocabulary(tokenizer: Tokenizer, cfg: ModelConfig) -> None:
 def prepare_workdir(workdir: str | Path) -> Path:
     """Make the directory and see that it can be written."""
     path = Path(workdir).expanduser()
-    probe = path / ".writable"
+    probe = path / f".writable-{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe.touch()

@@ -109,7 +109,7 @@ class Window:
 
     def _fail(self, step: int, numbers: Mapping[str, float], rows: Batch) -> None:
         path = self._workdir / f"nonfinite-step-{step}-process-{jax.process_index()}.npz"
-        np.savez(path, step=step, **rows)
+        np.savez(path, allow_pickle=False, step=step, **rows)
         self._writer.write(step, numbers)
         bad = ", ".join(f"{n} is {v}" for n, v in numbers.items() if not math.isfinite(v))
         raise NonFiniteLossError(

@@ -263,6 +263,8 @@ CASES = {
     "checkpoint: fewer steps": (with_checkpoint(steps="3"), V, "holds step 5, but steps=3"),
     "checkpoint: none": (lambda tmp: orbax.load_model(tmp), V, "holds no complete checkpoint"),
     "devices: too late": (simulate, V, "simulated_devices=3 comes too late"),
+    "processes": (lambda tmp: flags.parse_processes("host,0,2"), V, "processes='host,0,2' cannot"),
+    "processes: index": (lambda tmp: flags.parse_processes("h:1,2,2"), V, "INDEX below COUNT"),
     "tokenizer: id": (
         lambda tmp: Tokenizer.load("bytes").decode([999]),
         V,

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -80,6 +81,11 @@ def last_step(workdir):
     return json.loads(lines[-1])["step"] if lines else 0
 
 
+def read_losses(workdir):
+    lines = [json.loads(t) for t in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {r["step"]: r["loss"] for r in lines if "loss" in r}
+
+
 def test_a_run_from_start_to_end_and_on(environment, corpus, tmp_path):
     mesh = "--mesh=data:2"
     done = launch(environment, tmp_path, corpus, mesh, "--steps=40", "--set=train.lr=1e-2")
@@ -88,11 +94,11 @@ def test_a_run_from_start_to_end_and_on(environment, corpus, tmp_path):
     assert re.search(r"step 40/40  loss \d\.\d{4}", done.stdout)
     assert "on mesh data:2 (cpu)" in done.stdout and "sampled text:\nthe" not in done.stdout
 
-    lines = [json.loads(t) for t in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    losses = {r["step"]: r["loss"] for r in lines if "loss" in r}
+    losses = read_losses(tmp_path)
     assert list(losses) == [10, 20, 30, 40]
     assert losses[10] > losses[20] > losses[40] and losses[40] < losses[10] / 2
-    assert lines[-1]["eval/loss"] == pytest.approx(losses[40], rel=0.5)
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["eval/loss"] == pytest.approx(losses[40], rel=0.5)
 
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model"]["vocab_size"] == 384  # the tokenizer's
@@ -183,3 +189,32 @@ def test_kill_nine_during_a_save_falls_back(environment, corpus, tmp_path):
     assert resumed.returncode == 0, err
     assert f"resuming after step {steps[-1]} of" in out
     assert "unfinished save of an interrupted run" in err
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model_and_stop_together(environment, corpus, tmp_path):
+    """The losses of one process; SIGTERM to one of them saves and ends both."""
+    flags = ("--set=train.log_every=1", "--set=train.schedule=constant", "--mesh=data:2,model:2")
+    alone = launch(environment, tmp_path / "one", corpus, *flags, "--steps=6",
+                   "--simulated_devices=4")  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    pair = [
+        start(environment, tmp_path / "two", corpus, *flags, "--steps=100000",
+              f"--processes={address},{index},2")
+        for index in range(2)
+    ]  # fmt: skip
+    wait_for(lambda: last_step(tmp_path / "two") >= 6, pair[0])
+    pair[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=120) for process in pair]
+    assert [p.returncode for p in pair] == [0, 0], outputs
+    (step,) = map(int, re.findall(r"stopped by preemption after step (\d+);", outputs[0][0]))
+    with orbax.Checkpoints(tmp_path / "two/checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.steps == [step]
+    assert "step" not in outputs[1][0]  # only process 0 talks
+    losses = [read_losses(tmp_path / name) for name in ("one", "two")]
+    for n in range(1, 7):
+        assert losses[1][n] == pytest.approx(losses[0][n], rel=1e-5)
