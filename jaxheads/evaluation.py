@@ -67,15 +67,16 @@ def score_tokens(forward: Callable[..., Any], model: Decoder, batch: Batch) -> T
     if count == 1:
         return _score_logits(models.unembed(model, hidden), targets)
 
+    # Chunk j holds positions j, j + N, ...: a sequence split over devices stays split.
     def chunks(a: Array) -> Array:  # [B,T,...] -> [N,B,C,...]
         a = jnp.pad(a, ((0, 0), (0, count * chunk - length), *((0, 0),) * (a.ndim - 2)))
-        return jnp.moveaxis(a.reshape(rows, count, chunk, *a.shape[2:]), 1, 0)
+        return jnp.moveaxis(a.reshape(rows, chunk, count, *a.shape[2:]), 2, 0)
 
     def score(part: tuple[Array, Array]) -> TokenScores:
         return _score_logits(models.unembed(model, part[0]), part[1])
 
     scores = jax.lax.map(score, (chunks(hidden), chunks(targets)))
-    join = lambda a: jnp.moveaxis(a, 0, 1).reshape(rows, count * chunk)[:, :length]
+    join = lambda a: jnp.moveaxis(a, 0, 2).reshape(rows, chunk * count)[:, :length]
     return jax.tree.map(join, scores)
 
 

@@ -12,6 +12,7 @@ from jaxheads.evaluation import evaluate_tasks, evaluate_text, score_tokens
 from jaxheads.interventions import ablate, scale_heads
 from jaxheads.models import Decoder, ModelConfig
 from jaxheads.taps import Edit, as_tapped, intervene
+from tests.tiny import tiny_model
 
 V = 264
 CFG = ModelConfig(vocab_size=V, num_layers=2, model_dim=16, num_heads=4, mlp_dim=16)
@@ -20,10 +21,7 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture(scope="module")
 def model():
-    """A model with clear opinions: the default initialisation is close to uniform."""
-    model = parallel.initialize(lambda: Decoder(CFG, rngs=nnx.Rngs(0)))
-    model.embed.table[...] = model.embed.table[...] * 60
-    return model
+    return tiny_model(CFG)
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +273,7 @@ def test_few_programs_for_many_lengths(model, tokenizer):
 def test_long_examples_and_learned_positions(tokenizer):
     cfg = ModelConfig(vocab_size=V, num_layers=1, model_dim=8, num_heads=2, mlp_dim=8,
                       positions="learned", max_positions=20)  # fmt: skip
-    model = parallel.initialize(lambda: Decoder(cfg, rngs=nnx.Rngs(0)))
+    model = tiny_model(cfg)
     fits = TaskExample("a" * 19, "b", ("c",))  # BOS and 19 letters fill the 20 positions
     assert evaluate_tasks(models.forward, model, tokenizer, [fits])["examples"] == 1
     with pytest.raises(ValueError, match="example 1 has 21 tokens, more than the 20 learned"):

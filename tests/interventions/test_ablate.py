@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from jaxheads import heads, models, parallel
+from jaxheads import heads, models
 from jaxheads.interventions import ablate
-from jaxheads.models import Decoder, ModelConfig
+from jaxheads.models import ModelConfig
+from tests.tiny import tiny_model
 
 CFG = ModelConfig(vocab_size=17, num_layers=2, model_dim=16, num_heads=4, mlp_dim=16)
 TOKENS = np.arange(10).reshape(2, 5)
@@ -16,7 +16,7 @@ TOKENS = np.arange(10).reshape(2, 5)
 
 @pytest.fixture(scope="module")
 def model():
-    return parallel.initialize(lambda: Decoder(CFG, rngs=nnx.Rngs(0)))
+    return tiny_model(CFG, scale=0.2)
 
 
 @jax.jit

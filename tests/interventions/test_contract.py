@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from jaxheads import heads, models, parallel
 from jaxheads.interventions import ablate, mean_z, scale_heads
-from jaxheads.models import Decoder, ModelConfig
+from jaxheads.models import ModelConfig
 from jaxheads.taps import as_tapped, record, sweep
+from tests.tiny import tiny_model
 
 L, H, K, D = 3, 4, 2, 4
 CFG = ModelConfig(
@@ -28,7 +28,7 @@ MEANS = RNG.normal(size=(L, H, D)).astype(np.float32)
 
 @pytest.fixture(scope="module")
 def model():
-    return parallel.initialize(lambda: Decoder(CFG, rngs=nnx.Rngs(0)))
+    return tiny_model(CFG, scale=0.2)
 
 
 class Wrapper(NamedTuple):

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from jaxheads import models, parallel
+from jaxheads import models
 from jaxheads.interventions import scale_heads
-from jaxheads.models import Decoder, ModelConfig
+from jaxheads.models import ModelConfig
 from jaxheads.taps import record
+from tests.tiny import tiny_model
 
 L, H, K = 2, 4, 2
 CFG = ModelConfig(
@@ -20,7 +20,7 @@ TOKENS = np.arange(10).reshape(2, 5)
 
 @pytest.fixture(scope="module")
 def model():
-    return parallel.initialize(lambda: Decoder(CFG, rngs=nnx.Rngs(0)))
+    return tiny_model(CFG, scale=0.2)
 
 
 @pytest.mark.parametrize(

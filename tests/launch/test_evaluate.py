@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flax import nnx
 
-from jaxheads import parallel
 from jaxheads.checkpoints import huggingface
 from jaxheads.data import Tokenizer
-from jaxheads.models import Decoder, ModelConfig
+from jaxheads.models import ModelConfig
 from launch import evaluate
+from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
 CFG = ModelConfig(
@@ -24,7 +23,7 @@ CFG = ModelConfig(
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
-    huggingface.save(parallel.initialize(lambda: Decoder(CFG, rngs=nnx.Rngs(0))), directory)
+    huggingface.save(tiny_model(CFG, scale=0.02), directory)
     Tokenizer.load("bytes").save(directory)
     return directory
 

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flax import nnx
 
-from jaxheads import parallel
 from jaxheads.checkpoints import huggingface
 from jaxheads.data import Tokenizer
 from jaxheads.generation import generate
 from jaxheads.interventions import ablate
-from jaxheads.models import Decoder, ModelConfig, forward
+from jaxheads.models import ModelConfig, forward
 from launch.generate import TextStream
+from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
 CFG = ModelConfig(vocab_size=384, num_layers=2, model_dim=16, num_heads=4, mlp_dim=16)
@@ -25,8 +24,7 @@ CFG = ModelConfig(vocab_size=384, num_layers=2, model_dim=16, num_heads=4, mlp_d
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
-    model = parallel.initialize(lambda: Decoder(CFG, rngs=nnx.Rngs(3)))
-    model.layers.attention.wo[...] = model.layers.attention.wo[...] * 20
+    model = tiny_model(CFG)
     model.embed.table[...] = model.embed.table[...].at[128:].set(0)  # writes ASCII only
     huggingface.save(model, directory)
     Tokenizer.load("bytes").save(directory)

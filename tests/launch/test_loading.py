@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from flax import nnx
 
-from jaxheads import heads, models, parallel
+from jaxheads import heads, models
 from jaxheads.checkpoints import huggingface
 from jaxheads.data import Tokenizer
 from jaxheads.interventions import ablate, scale_heads
-from jaxheads.models import Decoder, ModelConfig
+from jaxheads.models import ModelConfig
 from launch import loading
+from tests.tiny import tiny_model
 
 CFG = ModelConfig(vocab_size=384, num_layers=2, model_dim=16, num_heads=4, mlp_dim=16)
 TOKENS = np.array([[1, 2, 3, 4]])
@@ -17,7 +17,7 @@ TOKENS = np.array([[1, 2, 3, 4]])
 
 @pytest.fixture(scope="module")
 def model():
-    return parallel.initialize(lambda: Decoder(CFG, rngs=nnx.Rngs(0)))
+    return tiny_model(CFG)
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +115,7 @@ def test_load_refuses(model, tmp_path, changes, message):
 
 
 def test_a_tokenizer_with_more_ids_than_the_model(tmp_path):
-    small = parallel.initialize(
-        lambda: Decoder(ModelConfig(vocab_size=100, num_layers=1, model_dim=8, num_heads=2),
-                        rngs=nnx.Rngs(0))
-    )  # fmt: skip
+    small = tiny_model(ModelConfig(vocab_size=100, num_layers=1, model_dim=8, num_heads=2))
     huggingface.save(small, tmp_path)
     with pytest.raises(ValueError, match="384 ids but the model's vocab_size is 100"):
         loading.load(str(tmp_path), "bytes", "", None)
