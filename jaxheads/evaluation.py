@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,9 @@ from jaxheads.interventions import base_forward
 from jaxheads.models import Decoder
 from jaxheads.parallel import constrain
 from jaxheads.taps import TappedForward, as_tapped
-from jaxheads.typing import Array, ArrayLike
+from jaxheads.typing import Array
 
-Batch = Mapping[str, ArrayLike]
+Batch: TypeAlias = Mapping[str, jax.Array | np.ndarray]
 
 MAX_LOGITS = 2**26
 """Logits formed at once, over all devices (256 MB): longer batches go through in chunks."""

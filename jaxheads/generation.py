@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxheads.models import Cache, Decoder, check_token_ids, compute_dtype, init_cache
 from jaxheads.models import forward as _forward
@@ -85,21 +86,15 @@ def generate(
             f"a prompt of {length} tokens and max_new_tokens={max_new_tokens} exceed the "
             f"{cfg.max_positions} learned positions of the model; shorten one of them."
         )
-    is_sampling = isinstance(temperature, jax.core.Tracer) or float(temperature) > 0
     plan = _Plan(
         num_new=operator.index(max_new_tokens),
-        is_sampling=is_sampling,
         top_k=None if top_k is None else min(operator.index(top_k), cfg.vocab_size),
-        is_nucleus=top_p is not None and not (isinstance(top_p, float | int) and top_p >= 1),
         cache_dtype=jnp.dtype(compute_dtype(cfg) if cache_dtype is None else cache_dtype).name,
     )
-    numbers = _Numbers(
-        key=key if is_sampling else None,
-        temperature=jnp.asarray(temperature, jnp.float32) if is_sampling else None,
-        top_p=jnp.asarray(top_p, jnp.float32) if is_sampling and plan.is_nucleus else None,
-        stop_ids=stop_ids,
-        pad_id=jnp.int32(pad_id),
-    )
+    draw = None
+    if key is not None and (isinstance(temperature, Tracer) or float(temperature) > 0):
+        draw = _Draw(key, jnp.asarray(temperature, jnp.float32), _nucleus(top_p))
+    numbers = _Numbers(draw, stop_ids, jnp.int32(pad_id))
     forward = as_tapped(forward)
     if callback is None:
         return _run(forward, model, prompt, numbers, plan)
@@ -111,18 +106,23 @@ class _Plan:
     """What decides the program."""
 
     num_new: int
-    is_sampling: bool
     top_k: int | None
-    is_nucleus: bool
     cache_dtype: str
+
+
+class _Draw(NamedTuple):
+    """How tokens are drawn at random."""
+
+    key: Array
+    temperature: Array
+    top_p: Array | None
 
 
 class _Numbers(NamedTuple):
     """What only changes values."""
 
-    key: Array | None
-    temperature: Array | None
-    top_p: Array | None
+    draw: _Draw | None
+    """None takes the most likely token."""
     stop_ids: Array
     pad_id: Array
 
@@ -176,11 +176,12 @@ def _advance(forward: TappedForward, model, prompt: _Prompt, numbers: _Numbers, 
         cache=state.cache,
     )
     logits = out.logits[:, 0].astype(jnp.float32)  # [B,V]
-    if plan.is_sampling:
-        key = jax.random.fold_in(numbers.key, state.step)
-        new = sample(logits, key, numbers.temperature, top_k=plan.top_k, top_p=numbers.top_p)
-    else:
+    if numbers.draw is None:
         new = jnp.argmax(logits, axis=-1)
+    else:
+        key, temperature, top_p = numbers.draw
+        key = jax.random.fold_in(key, state.step)
+        new = sample(logits, key, temperature, top_k=plan.top_k, top_p=top_p)
     new = jnp.where(state.done, numbers.pad_id, new.astype(jnp.int32))
     done = state.done | jnp.any(new[:, None] == numbers.stop_ids, axis=-1)
     tokens = jax.lax.dynamic_update_slice(state.tokens, new[:, None], (0, length + state.step))
@@ -240,6 +241,12 @@ def sample(
     return jnp.take_along_axis(ids, draw(keys, best)[:, None], axis=-1)[:, 0]
 
 
+def _nucleus(top_p: float | None) -> Array | None:
+    """`top_p` as data; None where it keeps every token."""
+    is_all = top_p is None or (not isinstance(top_p, Tracer) and float(top_p) == 1)
+    return None if is_all else jnp.asarray(top_p, jnp.float32)
+
+
 def _check_options(vocab_size, max_new_tokens, key, temperature, top_k, top_p, pad_id) -> None:
     try:
         operator.index(max_new_tokens)
@@ -247,7 +254,7 @@ def _check_options(vocab_size, max_new_tokens, key, temperature, top_k, top_p, p
         raise TypeError(f"max_new_tokens={max_new_tokens!r} must be an integer.") from None
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
-    if not isinstance(temperature, jax.core.Tracer):
+    if not isinstance(temperature, Tracer):
         if jnp.ndim(temperature) or not 0 <= float(temperature) < math.inf:
             raise ValueError(f"temperature={temperature} must be a number of at least 0.")
         if float(temperature) > 0 and key is None:
@@ -265,7 +272,7 @@ def _check_options(vocab_size, max_new_tokens, key, temperature, top_k, top_p, p
         raise ValueError(f"key has shape {jnp.shape(key)}; pass one key, rows are split from it.")
     if top_k is not None and operator.index(top_k) < 1:
         raise ValueError(f"top_k={top_k} must be at least 1, or None for all tokens.")
-    if top_p is not None and not isinstance(top_p, jax.core.Tracer) and not 0 < float(top_p) <= 1:
+    if top_p is not None and not isinstance(top_p, Tracer) and not 0 < float(top_p) <= 1:
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1, or None.")
     if not 0 <= operator.index(pad_id) < vocab_size:
         raise ValueError(f"pad_id={pad_id} is not an id of the vocabulary, 0 to {vocab_size - 1}.")
@@ -301,7 +308,7 @@ def _prompt(tokens, lengths, pad_id: int, vocab_size: int) -> _Prompt:
         lengths = np.full(batch, length, np.int32)
     elif np.shape(lengths) != (batch,):
         raise ValueError(f"lengths has shape {np.shape(lengths)}, needed {(batch,)}: one a row.")
-    if not isinstance(lengths, jax.core.Tracer):
+    if not isinstance(lengths, Tracer):
         low, high = int(np.min(lengths)), int(np.max(lengths))
         if low < 1 or high > length:
             raise ValueError(

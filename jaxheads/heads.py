@@ -12,15 +12,18 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
 import numpy as np
 
 from jaxheads.typing import ArrayLike
 
-Head = tuple[int, int]
+Head: TypeAlias = tuple[int, int]
 """(layer, head)"""
+
+Heads: TypeAlias = jax.Array | np.ndarray | str | Iterable[Any]
+"""An array [L,H], or a list of pairs or names."""
 
 _FIELDS = ("model", "num_layers", "num_heads", "heads", "scores", "meta")
 
@@ -75,7 +78,7 @@ def check_range(heads: Iterable[Head], num_layers: int, num_heads: int) -> None:
             )
 
 
-def is_mask(heads: Any) -> bool:
+def is_mask(heads: Any) -> TypeGuard[jax.Array | np.ndarray]:
     """Whether `heads` is an array [L,H] rather than a list of heads."""
     return isinstance(heads, np.ndarray | jax.Array)
 
@@ -100,7 +103,7 @@ def check_shape(shape: tuple[int, ...], num_layers: int, num_heads: int, what: s
     )
 
 
-def mask(heads: ArrayLike | Iterable[Any], num_layers: int, num_heads: int) -> np.ndarray:
+def mask(heads: Heads, num_layers: int, num_heads: int) -> np.ndarray:
     """A bool array [L,H], True at the given heads.
 
     Args:
@@ -194,7 +197,7 @@ def to_json(
     *,
     num_layers: int,
     num_heads: int,
-    heads: ArrayLike | Iterable[Any] | None = None,
+    heads: Heads | None = None,
     scores: ArrayLike | None = None,
     model: str = "",
     meta: Mapping[str, Any] | None = None,
@@ -204,9 +207,11 @@ def to_json(
         raise ValueError("to_json takes either heads or scores, exactly one of them.")
     row: dict[str, Any] = {"model": model, "num_layers": num_layers, "num_heads": num_heads}
     if heads is not None:
-        chosen = parse_heads(heads) if not is_mask(heads) else None
-        chosen = from_mask(mask(heads, num_layers, num_heads)) if chosen is None else chosen
-        check_range(chosen, num_layers, num_heads)
+        if is_mask(heads):
+            chosen = from_mask(mask(heads, num_layers, num_heads))
+        else:
+            chosen = parse_heads(heads)
+            check_range(chosen, num_layers, num_heads)
         row["heads"] = [list(head) for head in chosen]
     else:
         values = np.asarray(scores, np.float64)

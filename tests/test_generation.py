@@ -62,24 +62,16 @@ def naive(model, row, num_new, forward=models.forward):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_is_the_argmax_of_full_forwards(family):
-    model = make(family)
-    out = generate(model, PROMPT[:, :5], max_new_tokens=6)
-    assert out.shape == (2, 11) and out.dtype == jnp.int32
-    for row, prompt in zip(np.asarray(out), PROMPT[:, :5]):
-        assert row.tolist() == naive(model, prompt, 6)
-    assert len(set(np.asarray(out)[:, 5:].ravel().tolist())) > 2  # not one token repeated
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_left_padded_rows_are_the_rows_alone(family):
+def test_left_padded_rows_are_the_argmax_of_full_forwards_alone(family):
     model = make(family)
     prompts = [[5], [3, 1, 4, 1, 5, 9, 2], [2, 7, 1]]
-    out = np.asarray(generate(model, prompts, max_new_tokens=5, pad_id=28))
-    for row, prompt in zip(out, prompts):
+    out = generate(model, prompts, max_new_tokens=6, pad_id=28)
+    assert out.shape == (3, 13) and out.dtype == jnp.int32
+    for row, prompt in zip(np.asarray(out), prompts):
         pad = 7 - len(prompt)
         assert row[:pad].tolist() == [28] * pad
-        assert row[pad:].tolist() == naive(model, prompt, 5)
+        assert row[pad:].tolist() == naive(model, prompt, 6)
+    assert len(set(np.asarray(out)[:, 7:].ravel().tolist())) > 2  # not one token repeated
 
 
 def test_lengths_say_which_columns_are_padding(model):
@@ -212,9 +204,8 @@ GATES = np.ones((2, 4), np.float32)
 GATES[0, 1] = GATES[1, 2] = GATES[1, 3] = 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma"])
-def test_under_an_intervention_equals_the_same_forward_in_a_loop(family):
-    model = make(family)
+def test_under_an_intervention_equals_the_same_forward_in_a_loop():
+    model = make("gemma")
     forward = scale_heads(models.forward, GATES * 3)
     out = np.asarray(generate(model, PROMPT, max_new_tokens=6, forward=forward))
     for row, prompt in zip(out, PROMPT):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxheads import heads as head_sets
 from jaxheads.interventions.per_head import intervene_per_head
@@ -19,7 +20,7 @@ from jaxheads.typing import Array, ArrayLike, PyTree
 
 def ablate(
     forward: Callable[..., Any],
-    heads: ArrayLike | Iterable[Any],
+    heads: head_sets.Heads,
     *,
     mode: str = "zero",
     means: ArrayLike | None = None,
@@ -55,10 +56,12 @@ def ablate(
             hint = " Compute them with interventions.mean_z." if must == "needs" else ""
             hint = " Pass key=jax.random.key(0)." if must == "needs" and name == "key" else hint
             raise ValueError(f"mode={mode!r} {must} {name}.{hint}")
-    is_mask = head_sets.is_mask(heads)
-    if not is_mask:
-        heads = np.asarray(head_sets.parse_heads(heads), np.int32).reshape(-1, 2)  # [N,2]
-    payload = Ablation(heads, means if mode == "mean" else key, is_mask)
+    source = means if mode == "mean" else key
+    if head_sets.is_mask(heads):
+        payload = Ablation(heads, source, is_mask=True)
+    else:
+        pairs = np.asarray(head_sets.parse_heads(heads), np.int32).reshape(-1, 2)  # [N,2]
+        payload = Ablation(pairs, source, is_mask=False)
     return intervene_per_head(forward, Edit("z", _EDITS[mode], payload))
 
 
@@ -93,7 +96,7 @@ class Ablation:
 
 def _mask_of_pairs(pairs: ArrayLike, num_layers: int, num_heads: int) -> Array:
     """[N,2] pairs as a mask [L,H]. Traced pairs out of range give NaN, as bad token ids do."""
-    if not isinstance(pairs, jax.core.Tracer):
+    if not isinstance(pairs, Tracer):
         head_sets.check_range(np.asarray(pairs).tolist(), num_layers, num_heads)
     layer, head = jnp.asarray(pairs)[:, 0], jnp.asarray(pairs)[:, 1]
     mask = jnp.zeros((num_layers, num_heads), jnp.float32).at[layer, head].set(1.0, mode="drop")

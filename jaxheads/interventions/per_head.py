@@ -75,5 +75,5 @@ def head_axis(site: str) -> int:
 def num_heads_of(site: str, cfg: ModelConfig) -> tuple[int, str]:
     """How many heads a site counts, and which kind: query heads (H) or key/value heads (K)."""
     if "K" in SITES[site].split():
-        return cfg.num_kv_heads, "key/value heads"
+        return cfg.num_kv_heads or cfg.num_heads, "key/value heads"
     return cfg.num_heads, "query heads"
