@@ -56,7 +56,7 @@ def ablate(
             hint = " Compute them with interventions.mean_z." if must == "needs" else ""
             hint = " Pass key=jax.random.key(0)." if must == "needs" and name == "key" else hint
             raise ValueError(f"mode={mode!r} {must} {name}.{hint}")
-    source = means if mode == "mean" else key
+    source = key if means is None else jnp.asarray(means)
     if head_sets.is_mask(heads):
         payload = Ablation(heads, source, is_mask=True)
     else:

@@ -41,7 +41,7 @@ def scale_heads(forward: Callable[..., Any], gates: ArrayLike, *, site: str = "z
       >>> silent(model, np.array([[1, 2, 3]])).logits.shape
       (1, 3, 259)
     """
-    edit = Edit(site, _SCALE[head_axis(site)], Gates(gates))
+    edit = Edit(site, _SCALE[head_axis(site)], Gates(jnp.asarray(gates)))
     return intervene_per_head(forward, edit)
 
 

@@ -74,6 +74,13 @@ def test_sites_without_heads_are_refused(site, message):
         scale_heads(models.forward, np.ones((L, H)), site=site)
 
 
+def test_nested_lists_are_gates(model):
+    rows = [[1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 2.0, 1.0]]
+    out = scale_heads(models.forward, rows)(model, TOKENS).logits
+    np.testing.assert_array_equal(out, scale_heads(models.forward, np.array(rows, np.float32))(
+        model, TOKENS).logits)  # fmt: skip
+
+
 def test_bfloat16_stays_bfloat16(model):
     model = models.with_config(model, compute_dtype="bfloat16")
     out = record(scale_heads(models.forward, jnp.ones((L, H))), "z")(model, TOKENS)
