@@ -120,12 +120,13 @@ def override(config: C, settings: Mapping[str, str], *, section: str = "") -> C:
             raise ValueError(f"{here}{first}.{next(iter(inner))}: {first!r} has no fields.")
         changes[first] = override(held, inner, section=here + first)
     derived = {f: None for f in _derived(config) if f not in changes}
-    return dataclasses.replace(config, **(derived | changes)) if changes else config
+    return dataclasses.replace(config, **(derived | changes)) if changes else config  # type: ignore
 
 
 def _default_of(annotation: Any) -> Any:
     members = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-    return next((m() for m in members if dataclasses.is_dataclass(m)), None)
+    kinds = [m for m in members if isinstance(m, type) and dataclasses.is_dataclass(m)]
+    return kinds[0]() if kinds else None
 
 
 def _derived(config: Any) -> list[str]:

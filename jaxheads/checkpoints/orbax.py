@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -221,7 +222,10 @@ class Checkpoints:
             ),
         )
         return Restored(
-            step, unflatten(model, read["model"]), unflatten(training, read["training"]), read.data
+            step,
+            unflatten(model, read["model"]),
+            unflatten(training, read["training"]),
+            read["data"],
         )
 
     def restore_model(self, model: Decoder, step: int | None = None) -> Decoder:
@@ -264,7 +268,7 @@ class Checkpoints:
         stored = {name: tuple(array.shape) for name, array in metadata.tree.items()}
         wanted = {name: tuple(array.shape) for name, array in like.items()}
         # Random keys are stored as the integers they are made of.
-        keys = {n for n, a in like.items() if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key)}
+        keys = {n for n, a in like.items() if jnp.issubdtype(a.dtype, jax.dtypes.prng_key)}
         lines = [f"no {n}" for n in sorted(wanted.keys() - stored.keys())]
         lines += [f"a spare {n}" for n in sorted(stored.keys() - wanted.keys())]
         lines += [

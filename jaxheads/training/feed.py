@@ -43,6 +43,7 @@ class Feed:
         self._sharding = batch_sharding(mesh, shape)
         self._shape = shape
         self._vocab_size = vocab_size
+        self.devices = list(mesh.devices.flat)
         self.wait_seconds = 0.0
 
     def __next__(self) -> FedBatch:

@@ -283,6 +283,9 @@ class _Trainer:
     def run_steps(self, stop: Stop) -> Result:
         """The loop."""
         cfg = self.run.train
+        if self.step == cfg.steps:
+            self.writer.say(f"all {cfg.steps} steps are done already; raise steps to go on.")
+            return Result(self.step, self.state, self.numbers, None)
         self.read_held_out()
         feed = Feed(self.data, self.mesh, self.shape, self.run.model.vocab_size)
         window = Window(
@@ -295,17 +298,17 @@ class _Trainer:
             step=self.step,
         )
         profile = Profile(cfg, self.workdir, self.step)
-        batch = next(feed) if self.step < cfg.steps else None
+        batch = None
         try:
             while self.step < cfg.steps and not self._should_stop(stop):
                 step = self.step + 1
+                batch = next(feed) if batch is None else batch
                 profile.before(step)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     self.state, metrics = self.train_step(self.state, batch.arrays)
                 self.step, self.data_state = step, batch.data_state
                 window.add(step, metrics, batch.rows)
-                if step < cfg.steps:
-                    batch = next(feed)
+                batch = next(feed) if step < cfg.steps else None
                 window.read(_IN_FLIGHT)
                 if profile.ends_at(step):
                     window.read(0)
@@ -318,7 +321,7 @@ class _Trainer:
                         loss = self.evaluate() if evaluates else None
                         if saves:
                             self.save(loss)
-            window.read(0)
+            window.finish()
         finally:
             profile.stop()
         self.numbers |= window.last

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,6 +50,7 @@ class Window:
         self._waited = feed.wait_seconds
         self._timed = 0  # steps since then
         self._first = step + 1
+        self._step = step  # the last one that was read
         self.last: dict[str, float] = {}
 
     def add(self, step: int, metrics: Mapping[str, Array], rows: Batch) -> None:
@@ -72,8 +74,15 @@ class Window:
                 self._restart()
             else:
                 self._timed += 1
-            if step % self._train.log_every == 0 or step == self._train.steps:
-                self._log(step)
+            self._step = step
+            if step % self._train.log_every == 0:
+                self._log()
+
+    def finish(self) -> None:
+        """Wait for all steps, and log those since the last line."""
+        self.read(0)
+        if self._read:
+            self._log()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -88,7 +97,7 @@ class Window:
     def _restart(self) -> None:
         self._began, self._waited, self._timed = time.perf_counter(), self._feed.wait_seconds, 0
 
-    def _log(self, step: int) -> None:
+    def _log(self) -> None:
         names = self._read[-1]
         line = {n: sum(r[n] for r in self._read) / len(self._read) for n in names}
         line["lr"] = self._read[-1]["lr"]
@@ -98,18 +107,20 @@ class Window:
                 tokens=self._data.batch_size * self._data.seq_len * self._timed,
                 seq_len=self._data.seq_len,
                 seconds=self._seconds(),
+                devices=self._feed.devices,
             )
             line |= {n: v for n, v in speed.items() if v is not None}
             line["input_wait_seconds"] = (self._feed.wait_seconds - self._waited) / self._timed
         self.last = line
-        self._writer.write(step, line)
-        self._writer.progress(step, line)
+        self._writer.write(self._step, line)
+        self._writer.progress(self._step, line)
         self._read.clear()
         self._restart()
 
     def _fail(self, step: int, numbers: Mapping[str, float], rows: Batch) -> None:
         path = self._workdir / f"nonfinite-step-{step}-process-{jax.process_index()}.npz"
-        np.savez(path, allow_pickle=False, step=step, **rows)
+        arrays: dict[str, Any] = {"step": np.asarray(step), **rows}
+        np.savez(path, **arrays)
         self._writer.write(step, numbers)
         bad = ", ".join(f"{n} is {v}" for n, v in numbers.items() if not math.isfinite(v))
         raise NonFiniteLossError(

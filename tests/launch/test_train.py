@@ -114,6 +114,9 @@ def test_a_run_from_start_to_end_and_on(environment, corpus, tmp_path):
     assert again.returncode == 0, again.stderr
     assert "resuming after step 40 of 45" in again.stdout
 
+    same = launch(environment, tmp_path, corpus, "--steps=45", "--set=train.lr=1e-2")
+    assert same.returncode == 0 and "all 45 steps are done already" in same.stdout
+
     other = launch(environment, tmp_path, corpus, "--steps=50", "--set=model.qk_norm=true")
     assert other.returncode == 2 and "Traceback" not in other.stderr
     assert "is of another model: qk_norm: False -> True" in other.stderr
