@@ -39,7 +39,7 @@ def scale_heads(forward: Callable[..., Any], gates: ArrayLike, *, site: str = "z
       >>> model = Decoder(ModelConfig(num_layers=2, num_heads=4), rngs=nnx.Rngs(0))
       >>> silent = scale_heads(forward, np.zeros((2, 4)))
       >>> silent(model, np.array([[1, 2, 3]])).logits.shape
-      (1, 3, 259)
+      (1, 3, 384)
     """
     edit = Edit(site, _SCALE[head_axis(site)], Gates(jnp.asarray(gates)))
     return intervene_per_head(forward, edit)

@@ -67,7 +67,7 @@ class ModelConfig:
     """
 
     family: str = "llama"  # Hugging Face model type whose layout `save` writes
-    vocab_size: int = 259  # V
+    vocab_size: int = 384  # V; default: the byte tokenizer's
     num_layers: int = 4  # L
     model_dim: int = 128  # M, residual width
     num_heads: int = 8  # H, query heads
