@@ -38,19 +38,14 @@ from launch import flags, loading
 
 
 def attention_at_offset(pattern: Array, *, offset: int, first: int) -> Array:
-    """[B,H,T,S] -> [H]: mean over queries t >= first of the attention from t to t - offset."""
-    num_queries = pattern.shape[2]
-    t = jnp.arange(max(first, offset), num_queries)
-    return jnp.mean(pattern[:, :, t, t - offset], axis=(0, 2))
-
-
-def attention_to_first(pattern: Array) -> Array:
-    """[B,H,T,S] -> [H]: mean attention of later queries to key 0."""
-    return jnp.mean(pattern[:, :, 1:, 0], axis=(0, 2))
+    """[B,H,T,S] -> [B,H,T - first]: attention from query t >= first to key t - offset."""
+    t = jnp.arange(first, pattern.shape[2])
+    return pattern[:, :, t, t - offset]
 
 
 def _text_maps(pattern: Array) -> tuple[Array, Array]:
-    return attention_at_offset(pattern, offset=1, first=1), attention_to_first(pattern)
+    """Attention of queries t >= 1 to the token before and to the first token, [B,H,T-1] each."""
+    return attention_at_offset(pattern, offset=1, first=1), pattern[:, :, 1:, 0]
 
 
 def induction_scores(model: jh.Decoder, *, length: int, batch_size: int, seed: int) -> Array:
@@ -58,7 +53,8 @@ def induction_scores(model: jh.Decoder, *, length: int, batch_size: int, seed: i
     half = np.random.default_rng(seed).integers(0, model.cfg.vocab_size, (batch_size, length))
     reduce = partial(attention_at_offset, offset=length - 1, first=length)
     fwd = jh.record(jh.forward, "pattern", reduce=reduce)
-    return jax.jit(fwd)(model, np.tile(half, 2).astype(np.int32)).seen["pattern"]
+    seen = jax.jit(fwd)(model, np.tile(half, 2).astype(np.int32)).seen["pattern"]  # [L,B,H,T]
+    return jnp.mean(seen, axis=(1, 3))
 
 
 def batch_loss(gates: Array, model: jh.Decoder, batch: dict[str, Array]) -> Array:
@@ -72,15 +68,23 @@ def batch_loss(gates: Array, model: jh.Decoder, batch: dict[str, Array]) -> Arra
 
 
 def head_maps(model: jh.Decoder, batch: dict[str, Array], *, seed: int = 0) -> dict[str, Array]:
-    """The four maps [L,H] of the module's docstring."""
+    """The four maps [L,H] of the module's docstring.
+
+    Args:
+      batch: one document a row (segment id 1, padding 0): tokens, targets, segment_ids,
+        positions, weights, all [B,T].
+    """
     num_layers, num_heads = model.cfg.num_layers, model.cfg.num_heads
     fwd = jh.record(jh.forward, "pattern", reduce=_text_maps)
-    previous, first = jax.jit(fwd)(
+    seen = jax.jit(fwd)(
         model,
         batch["tokens"],
         positions=batch["positions"],
         segment_ids=batch["segment_ids"],
     ).seen["pattern"]
+    is_text = (batch["segment_ids"][:, 1:] != 0).astype(jnp.float32)
+    mean = lambda x: jnp.einsum("lbht,bt->lh", x, is_text) / jnp.sum(is_text)
+    previous, first = (mean(x) for x in seen)
     batch_size, length = batch["tokens"].shape
     induction = induction_scores(model, length=length // 2, batch_size=batch_size, seed=seed)
 
@@ -123,6 +127,7 @@ def main() -> None:
         split="all" if given.data else "validation",  # a run trains on the rest of the default
         batch_size=given.batch_size,
         seq_len=given.seq_len,
+        pack=False,  # a row is one document, so that its first token is the document's
     )
     batch = {k: jnp.asarray(v) for k, v in next(iter(eval_batches(data, limit=1))).items()}
     with jax.set_mesh(mesh):
