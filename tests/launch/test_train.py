@@ -88,7 +88,10 @@ def read_losses(workdir):
 
 def test_a_run_from_start_to_end_and_on(environment, corpus, tmp_path):
     mesh = "--mesh=data:2"
-    done = launch(environment, tmp_path, corpus, mesh, "--steps=40", "--set=train.lr=1e-2")
+    # The profiler is only started in a process of its own: beside libtpu, which the ahead-of-time
+    # tests load, starting it crashes.
+    flags = ("--steps=40", "--set=train.lr=1e-2", "--profile=10:12")
+    done = launch(environment, tmp_path, corpus, mesh, *flags)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert re.search(r"step 40/40  loss \d\.\d{4}", done.stdout)
@@ -109,6 +112,8 @@ def test_a_run_from_start_to_end_and_on(environment, corpus, tmp_path):
     assert (tmp_path / "sample.txt").read_text().startswith("def ")
     assert (tmp_path / "tokenizer.json").is_file()
     assert orbax.load_model(tmp_path).cfg.model_dim == 32
+    (trace,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
+    assert trace.stat().st_size > 1000
 
     again = launch(environment, tmp_path, corpus, "--steps=45", "--set=train.lr=1e-2")
     assert again.returncode == 0, again.stderr

@@ -217,12 +217,6 @@ def test_keeps_the_last_and_the_best(corpus, tmp_path, monkeypatch):
         assert checkpoints.steps == [4, 8] and checkpoints.best_step == 4
 
 
-def test_profile_writes_a_trace(corpus, tmp_path):
-    train(make_run(corpus, tmp_path, "fsdp:2", profile_start=2, profile_steps=2))
-    (trace,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
-    assert trace.stat().st_size > 1000
-
-
 def test_starts_from_given_parameters_and_sets_an_earlier_run_aside(corpus, uninterrupted):
     workdir, _ = uninterrupted
     mesh = parallel.make_mesh("fsdp:2")
