@@ -90,8 +90,8 @@ def chunked_cross_entropy(
             f"kernel {kernel.shape} does not fit hidden {hidden.shape}; needed "
             f"{'[V,E] (vocab_first)' if vocab_first else '[E,V]'} with E={hidden.shape[2]}."
         )
-    length = targets.shape[1]
-    num_chunks = num_chunks or choose_num_chunks(*targets.shape, vocab)
+    batch, length = targets.shape
+    num_chunks = num_chunks or choose_num_chunks(batch, length, vocab)
     if num_chunks < 1 or length % num_chunks:
         raise ValueError(
             f"loss_chunks={num_chunks} does not divide the sequence length {length}; choose a "
@@ -99,8 +99,8 @@ def chunked_cross_entropy(
         )
     weights = _check_weights(weights, targets, vocab)
     options = _Options(num_chunks, z_loss, soft_cap, vocab_first)
-    loss_sum, correct_sum, z_sum = _sums(hidden, kernel, bias, targets, weights, options)
-    return LossSums(loss_sum, jnp.sum(weights), correct_sum, z_sum)
+    sums: tuple[Array, ...] = _sums(hidden, kernel, bias, targets, weights, options)
+    return LossSums(sums[0], jnp.sum(weights), *sums[1:])
 
 
 def cross_entropy(
@@ -179,6 +179,15 @@ def _measure(logits: Array, target: Array, z_loss: float):
     return loss, first_top == target, lse, is_target
 
 
+def _logit_gradients(logits, lse, is_target, weight, options: _Options) -> Array:
+    """d loss_sum / d (logits before the soft-cap) [B,C,V]."""
+    probs = jnp.exp(logits - lse)
+    grads = weight[..., None] * (probs * (1 + 2 * options.z_loss * lse) - is_target)
+    if options.soft_cap is not None:
+        grads = grads * (1 - jnp.square(logits / options.soft_cap))
+    return grads
+
+
 def _scan(hidden, kernel, bias, targets, weights, options: _Options, *, with_grads: bool):
     """((loss, correct, z) sums, (d_hidden, d_kernel, d_bias) or None), chunk after chunk."""
     (batch, length, width), dtype = hidden.shape, hidden.dtype
@@ -209,11 +218,7 @@ def _scan(hidden, kernel, bias, targets, weights, options: _Options, *, with_gra
         sums = tuple(total + jnp.sum(weight * part) for total, part in zip(carry[0], parts))
         if not with_grads:
             return (sums, None), None
-        probs = jnp.exp(logits - lse)
-        d_logits = probs * (1 + 2 * options.z_loss * lse) - is_target
-        d_logits = weight[..., None] * d_logits
-        if options.soft_cap is not None:
-            d_logits = d_logits * (1 - jnp.square(logits / options.soft_cap))
+        d_logits = _logit_gradients(logits, lse, is_target, weight, options)
         d = d_logits.astype(dtype)
         d_h = jnp.einsum(f"bcv,{w}->bce", d, matrix)
         d_kernel = jnp.einsum(
@@ -234,7 +239,7 @@ def _scan(hidden, kernel, bias, targets, weights, options: _Options, *, with_gra
         grads = (constrain(d_kernel, ("batch", "length", *w_axes)), d_bias)
     xs = (interleave(hidden), interleave(targets), interleave(weights))
     (sums, grads), d_hidden = jax.lax.scan(body, ((zero, zero, zero), grads), xs)
-    if not with_grads:
+    if d_hidden is None:
         return sums, None
     d_hidden = jnp.moveaxis(d_hidden, 0, 2).reshape(batch, length, width)
     d_kernel, d_bias = jax.tree.map(lambda a: a.sum((0, 1)), grads)
@@ -242,6 +247,13 @@ def _scan(hidden, kernel, bias, targets, weights, options: _Options, *, with_gra
 
 
 Batch = Mapping[str, Array]
+
+
+def check_entries(batch: Mapping[str, object]) -> None:
+    """Raise unless the batch has tokens and targets."""
+    for name in ("tokens", "targets"):
+        if name not in batch:
+            raise ValueError(f"the batch has no {name!r}; it holds: {', '.join(batch)}.")
 
 
 def loss_sums(
@@ -257,9 +269,7 @@ def loss_sums(
       forward: ``forward(model, tokens, positions=, segment_ids=) -> Output``, wrapped or not.
       batch: arrays [B,T]: tokens, targets, and optionally positions, segment_ids, weights.
     """
-    for name in ("tokens", "targets"):
-        if name not in batch:
-            raise ValueError(f"the batch has no {name!r}; it holds: {', '.join(batch)}.")
+    check_entries(batch)
     out = forward(
         model,
         batch["tokens"],
@@ -273,15 +283,15 @@ def loss_sums(
     hidden = out.hidden
     if model.project_out is not None:
         hidden = jnp.einsum("btm,me->bte", hidden, model.project_out[...].astype(hidden.dtype))
-    tied = model.unembed.kernel is None
+    kernel = model.unembed.kernel
     sums = chunked_cross_entropy(
         hidden,
-        model.embed.table[...] if tied else model.unembed.kernel[...],
+        model.embed.table[...] if kernel is None else kernel[...],
         targets,
         weights,
         None if model.unembed.bias is None else model.unembed.bias[...],
         soft_cap=model.cfg.logit_soft_cap,
-        vocab_first=tied,
+        vocab_first=kernel is None,
         num_chunks=cfg.loss_chunks,
         z_loss=cfg.z_loss,
     )

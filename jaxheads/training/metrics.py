@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -53,8 +54,8 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     return 6.0 * params + 12.0 * cfg.num_heads * cfg.head_dim * visible
 
 
-def peak_flops(device: jax.Device | str | None = None) -> float | None:
-    """Peak dense bfloat16 FLOP/s of one device (or device kind), None where unknown."""
+def peak_flops(device: Any = None) -> float | None:
+    """Peak dense bfloat16 FLOP/s of a device or a device kind (default: here), None if unknown."""
     device = jax.devices()[0] if device is None else device
     kind = device if isinstance(device, str) else device.device_kind
     return next((peak for name, peak in _PEAKS.items() if name.lower() in kind.lower()), None)
@@ -66,7 +67,7 @@ def throughput(
     tokens: float,
     seq_len: int,
     seconds: float,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> dict[str, float | None]:
     """Speed of a run that trained on `tokens` tokens in `seconds`.
 

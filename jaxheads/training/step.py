@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from jaxheads.models import forward as model_forward
 from jaxheads.parallel import constrain
 from jaxheads.taps import as_tapped
 from jaxheads.training.configs import TrainConfig
-from jaxheads.training.loss import LossSums, loss_sums, mean_metrics, nonzero
+from jaxheads.training.loss import LossSums, check_entries, loss_sums, mean_metrics, nonzero
 from jaxheads.training.optimizers import learning_rate, trainable
 from jaxheads.typing import Array, PyTree
 
@@ -89,7 +90,8 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
             return parallel.shardings(leaf, mesh)
         return jax.tree.map(lambda _: whole, leaf)
 
-    return TrainState(
+    return dataclasses.replace(
+        state,
         step=whole,
         model=parallel.shardings(state.model, mesh),
         opt_state=jax.tree.map(of, state.opt_state, is_leaf=is_variable),
@@ -206,6 +208,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def check_batch(batch: Mapping[str, Any], mesh: Mesh | None, grad_accum: int = 1) -> None:
     """Raise unless the batch can be cut into microbatches and split over the mesh."""
+    check_entries(batch)
     shape = np.shape(batch["tokens"])
     ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     if len(shape) != 2 or shape[0] % (ways * grad_accum):
@@ -269,7 +272,7 @@ def make_train_step(
         if mesh is not None:
             keep = jax.lax.with_sharding_constraint
             new = keep(new, state_shardings(new, mesh))
-            metrics = keep(metrics, jax.tree.map(lambda _: NamedSharding(mesh, P()), metrics))
+            metrics = keep(metrics, NamedSharding(mesh, P()))
         return new, metrics
 
     return MeshFunction(jax.jit(step, donate_argnums=0), mesh, as_tapped(forward), cfg.grad_accum)
