@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxheads.data import BatchIterator
 from jaxheads.models import check_token_ids
-from jaxheads.parallel import partition_spec
+from jaxheads.training.step import batch_sharding
 from jaxheads.typing import Array
 
 Batch = Mapping[str, np.ndarray]
@@ -54,11 +54,6 @@ class Feed:
             check_token_ids(batch[name], self._vocab_size)
         arrays = put(batch, self._sharding, self._shape)
         return FedBatch(batch, arrays, self._data.get_state())
-
-
-def batch_sharding(mesh: Mesh, shape: tuple[int, int]) -> NamedSharding:
-    """How a batch [B,T] lies on the mesh."""
-    return NamedSharding(mesh, partition_spec(("batch", "length"), shape, mesh, name="batch"))
 
 
 def local_block(

@@ -201,9 +201,10 @@ def global_norm(tree: PyTree) -> Array:
     return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a [B,T] array of a batch: rows over data and fsdp, positions over context."""
-    return NamedSharding(mesh, P(("data", "fsdp"), "context"))
+def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """How a batch [B,T] lies on the mesh: rows over data and fsdp, positions over context."""
+    spec = parallel.partition_spec(("batch", "length"), shape, mesh, name="batch")
+    return NamedSharding(mesh, spec)
 
 
 def check_batch(batch: Mapping[str, Any], mesh: Mesh | None, grad_accum: int = 1) -> None:
@@ -237,7 +238,7 @@ class MeshFunction:
         """Place the batch on the mesh where it is not there yet, and run."""
         check_batch(batch, self.mesh, self.grad_accum)
         if self.mesh is not None:
-            place = batch_sharding(self.mesh)
+            place = batch_sharding(self.mesh, np.shape(batch["tokens"]))
             batch = {
                 k: x if isinstance(x, jax.Array) else jax.device_put(x, place)
                 for k, x in batch.items()
