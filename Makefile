@@ -21,7 +21,8 @@ $(TEST_VENV)/installed: pyproject.toml
 # back and prints what its attention heads do.
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m launch.train --model=tiny --mesh=data:4,model:2 --simulated_devices=8 \
-	  --workdir=runs/demo --resume=false $(DEMO_FLAGS)
+	  --workdir=runs/demo --resume=false --steps=600 --seq_len=128 --batch_size=16 \
+	  --set train.lr=4e-3 --set train.warmup_steps=50 $(DEMO_FLAGS)
 	$(VENV)/bin/python -m experiments.head_map --model=runs/demo
 
 test: $(TEST_VENV)/installed
