@@ -34,7 +34,7 @@ test-slow: $(TEST_VENV)/installed
 lint: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/ruff check .
 	$(TEST_VENV)/bin/ruff format --check .
-	$(TEST_VENV)/bin/pyright
+	$(TEST_VENV)/bin/pyright --pythonpath $(TEST_VENV)/bin/python
 
 format: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/ruff check --fix .
