@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from jaxheads.fields import unknown
+from jaxheads.training.optimizers import check_optimizer
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 """Shapes of the learning rate after the warm-up (`optimizers.learning_rate`)."""
@@ -88,7 +90,7 @@ class TrainConfig:
                 most = "below 1" if name in _BELOW_ONE else "at most 1"
                 raise ValueError(f"{name}={value!r} must be {most}.")
         if self.schedule not in SCHEDULES:
-            raise ValueError(unknown_name("schedule", self.schedule, SCHEDULES))
+            raise ValueError(unknown("schedule", self.schedule, SCHEDULES))
         if self.warmup_steps > self.steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} is more than steps={self.steps}: the learning "
@@ -98,17 +100,7 @@ class TrainConfig:
             raise ValueError(
                 f"trainable={self.trainable!r} must be a tuple of globs such as ('*attention*',)."
             )
-        from jaxheads.training.optimizers import check_optimizer
-
         check_optimizer(self)
-
-
-def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name that is not in a list, with the nearest one that is."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return f"unknown {what} {name!r}{hint} Known: {', '.join(known)}."
 
 
 def _check_number(name: str, value, low: float, inclusive: bool) -> None:

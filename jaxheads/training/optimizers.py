@@ -18,6 +18,7 @@ import optax
 import optax.contrib
 from flax import nnx
 
+from jaxheads.fields import unknown
 from jaxheads.typing import Array, PyTree
 
 if TYPE_CHECKING:
@@ -74,15 +75,13 @@ def _find_optimizers() -> Iterator[tuple[str, Callable]]:
 
 def check_optimizer(cfg: TrainConfig) -> None:
     """Raise when `cfg.optimizer` is unknown or cannot honour an option that was set."""
-    from jaxheads.training.configs import unknown_name
-
     if cfg.optimizer in _UNUSABLE:
         raise ValueError(
             f"optimizer={cfg.optimizer!r} {_UNUSABLE[cfg.optimizer]}, which the train step does "
             "not offer; choose another, such as 'adamw'."
         )
     if cfg.optimizer not in optimizers():
-        raise ValueError(unknown_name("optimizer", cfg.optimizer, optimizers()))
+        raise ValueError(unknown("optimizer", cfg.optimizer, optimizers()))
     accepted = inspect.signature(optimizers()[cfg.optimizer]).parameters
     for field, names in _ARGUMENTS.items():
         value = getattr(cfg, field)
