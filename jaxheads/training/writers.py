@@ -16,6 +16,8 @@ from typing import Any
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 _SHOWN = ("loss", "accuracy", "lr", "grad_norm", "tokens_per_second", "mfu")
+# A bar has one line: what fits beside it, under short names.
+_ON_BAR = {"loss": "loss", "accuracy": "acc", "tokens_per_second": "tokens/s", "mfu": "mfu"}
 
 
 class RunWriter:
@@ -69,7 +71,8 @@ class RunWriter:
             return
         shown = {n: _short(n, values[n]) for n in _SHOWN if n in values}
         if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
+            beside = {_ON_BAR[n]: text for n, text in shown.items() if n in _ON_BAR}
+            self._bar.set_postfix(beside, refresh=False)
             self._bar.update(step - self._bar.n)
         else:
             text = "  ".join(f"{name} {value}" for name, value in shown.items())

@@ -1,6 +1,7 @@
 """Runs of the loop: resumed, moved to other meshes, stopped, broken; and what they write."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -241,6 +242,23 @@ def test_writer_tells_every_step_once(tmp_path):
     assert lines(tmp_path) == {1: 3, 2: 1.5, 3: None}
     loop.RunWriter(tmp_path / "none", first_step=1, total_steps=5, active=False).write(1, {})
     assert not (tmp_path / "none").exists()
+
+
+def test_a_terminal_gets_a_bar(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("COLUMNS", "100")
+    writer = loop.RunWriter(tmp_path, first_step=3, total_steps=8)
+    writer.progress(6, {"loss": 1.25, "accuracy": 0.5, "lr": 1e-3, "tokens_per_second": 12345.0})
+    writer.say("a message")
+    writer.close()
+    last = screen.getvalue().split("\r")[-1]
+    assert "6/8" in last and "loss=1.2500, acc=50.0%, tokens/s=12.3k" in last
+    assert "lr" not in last
 
 
 class _Device:
