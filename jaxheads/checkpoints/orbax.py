@@ -11,12 +11,13 @@ behind is recognised and skipped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -74,6 +75,18 @@ def abstract(constructor: Callable[[], T], mesh: Mesh) -> T:
     )
 
 
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Orbax warns twice that what is opened for reading cannot be written."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 class Checkpoints:
     """The checkpoints of one training run.
 
@@ -113,22 +126,23 @@ class Checkpoints:
                     n=keep_best,
                 )
             )
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep),
-                best_fn=_eval_loss,  # without it Orbax does not store metrics
-                best_mode="min",
-                read_only=read_only,
-                create=not read_only,
-            ),
-            item_handlers={
-                "model": ocp.StandardCheckpointHandler(),
-                "training": ocp.StandardCheckpointHandler(),
-                "config": ocp.JsonCheckpointHandler(),
-                "data": ocp.JsonCheckpointHandler(),
-            },
-        )
+        with _no_warnings() if read_only else contextlib.nullcontext():
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=policies.AnyPreservationPolicy(keep),
+                    best_fn=_eval_loss,  # without it Orbax does not store metrics
+                    best_mode="min",
+                    read_only=read_only,
+                    create=not read_only,
+                ),
+                item_handlers={
+                    "model": ocp.StandardCheckpointHandler(),
+                    "training": ocp.StandardCheckpointHandler(),
+                    "config": ocp.JsonCheckpointHandler(),
+                    "data": ocp.JsonCheckpointHandler(),
+                },
+            )
 
     def __enter__(self) -> Checkpoints:
         return self
