@@ -53,6 +53,7 @@ def _download(hub_id: str) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; one `ValueError` for anything else, NaN and infinity included."""
+
     def refuse(text: str):
         raise ValueError(f"the number {text} is not allowed")
 

@@ -37,7 +37,7 @@ from jaxheads.models.layers import (
 )
 from jaxheads.parallel import constrain
 from jaxheads.taps import NO_TAPS, OUTER_SITES, SITES, STACK_SITES, Tap, TapContext, Taps
-from jaxheads.typing import Array, PyTree, is_traced
+from jaxheads.typing import Array, ArrayLike, PyTree, is_traced
 
 RESIDUAL = ("batch", "length", "act_embed")
 
@@ -198,12 +198,12 @@ def unembed(model: Decoder, hidden: Array) -> Array:
 def default_positions(shape: tuple[int, int], segment_ids: Array | None, cache: Cache | None):
     """Positions where none are given.
 
-    Without segment ids [T], counting on from the cache's index. With them [B,T], counting each
-    contiguous run of one id from 0, or from the tokens of that id already in the cache.
+    Without segment ids [T], counting from 0. With them [B,T], counting each contiguous run of one
+    id from 0, or from the tokens of that id already in the cache (padding does not count).
     """
     index = jnp.arange(shape[1], dtype=jnp.int32)
     if segment_ids is None:
-        return index if cache is None else index + cache.index
+        return index
     begins = segment_ids[:, 1:] != segment_ids[:, :-1]
     begins = jnp.pad(begins, ((0, 0), (1, 0)), constant_values=True)
     start = jax.lax.cummax(jnp.where(begins, index, 0), axis=1)  # [B,T]
@@ -216,7 +216,7 @@ def default_positions(shape: tuple[int, int], segment_ids: Array | None, cache: 
 
 def forward(
     model: Decoder,
-    tokens: Array | None,
+    tokens: ArrayLike | list[list[int]] | None,
     *,
     positions: Array | None = None,
     segment_ids: Array | None = None,
@@ -231,7 +231,8 @@ def forward(
       tokens: [B,T] integer ids; may be None when `embeddings` is given.
       positions: [T] or [B,T] positions for rotary or learned embeddings; default as
         `default_positions`. Causality and windows follow the order of tokens, not these.
-      segment_ids: [B,T]; tokens see only their own segment, and 0 marks padding.
+      segment_ids: [B,T]; tokens see only their own segment, and 0 marks padding. Default: all
+        tokens are of segment 1.
       cache: from `init_cache` or an earlier call; this call's tokens are appended.
       embeddings: [B,T,M] in place of the token embeddings (the site `embed`).
       taps: edits and records (`jaxheads.taps`).
@@ -245,6 +246,8 @@ def forward(
         positions or than the room left in the cache, and taps the model cannot honour.
     """
     cfg = model.cfg
+    if isinstance(tokens, list | tuple):
+        tokens = np.asarray(tokens)
     _check_inputs(cfg, tokens, positions, segment_ids, cache, embeddings)
     taps.check(sites(cfg), cfg.num_layers, f"{cfg.family} decoder")
     return _forward(model, tokens, positions, segment_ids, cache, embeddings, taps)
@@ -254,6 +257,8 @@ def forward(
 def _forward(model: Decoder, tokens, positions, segment_ids, cache, embeddings, taps: Taps):
     cfg = model.cfg
     batch, length = jnp.shape(tokens if embeddings is None else embeddings)[:2]
+    if cache is not None and segment_ids is None:
+        segment_ids = jnp.ones((batch, length), jnp.int32)
     if positions is None:
         positions = default_positions((batch, length), segment_ids, cache)
     tap = Tap(taps.only(OUTER_SITES), TapContext(None, positions, segment_ids))
@@ -270,10 +275,11 @@ def _forward(model: Decoder, tokens, positions, segment_ids, cache, embeddings, 
     x = constrain(x, RESIDUAL)
 
     if cache is not None:
-        ids = jnp.ones((batch, length), jnp.int32) if segment_ids is None else segment_ids
         slots = cache.index + jnp.arange(length, dtype=jnp.int32)
-        cache = cache.write_tokens(ids, jnp.broadcast_to(positions, (batch, length)))
-        run = _Run(cfg, positions, cache.positions, ids, cache.segment_ids, slots, cache.num_slots)
+        cache = cache.write_tokens(segment_ids, jnp.broadcast_to(positions, (batch, length)))
+        run = _Run(
+            cfg, positions, cache.positions, segment_ids, cache.segment_ids, slots, cache.num_slots
+        )
         kv = (cache.k, cache.v)
     else:
         run = _Run(cfg, positions, positions, segment_ids, segment_ids, None, length)

@@ -95,6 +95,22 @@ def test_left_padding_does_not_change_a_row(name):
     chex.assert_trees_all_close(out.logits[:, 3:], _reference(name).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_a_padded_cache_goes_on_without_being_told():
+    """Positions after left padding count tokens, not slots."""
+    model, tokens = model_of("gpt2"), tokens_of("gpt2")
+    padded = jnp.pad(tokens[:, :6], ((0, 0), (3, 0)))
+    ids = (jnp.arange(9) >= 3).astype(int) * jnp.ones((2, 1), int)
+    cache = forward(model, padded, segment_ids=ids, cache=init_cache(CONFIGS["gpt2"], 2, 16)).cache
+    out = forward(model, tokens[:, 6:], cache=cache)
+    chex.assert_trees_all_close(out.logits, _reference("gpt2").logits[:, 6:], atol=1e-5)
+
+
+def test_nested_lists_are_tokens():
+    tokens = tokens_of("llama")
+    out = forward(model_of("llama"), tokens.tolist())
+    chex.assert_trees_all_close(out.logits, _reference("llama").logits, atol=1e-5)
+
+
 @EVERY
 def test_packed_documents_do_not_see_each_other(name):
     model, tokens = model_of(name), tokens_of(name)
