@@ -23,24 +23,33 @@ from absl import app, flags, logging
 from jaxheads.fields import unknown
 
 EXIT_BAD_INPUT = 2
+EXIT_TRY_AGAIN = 75  # as `jaxheads.parallel.multihost.TRY_AGAIN`
 _USER_ERRORS = (ValueError, TypeError, NotImplementedError, OSError, ImportError)
 
 
-def define_common() -> None:
+def define_common(into: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags that every launcher has."""
     flags.DEFINE_multi_string(
-        "set", [], "SECTION.FIELD=VALUE, for example train.lr=3e-4; may be given many times."
+        "set",
+        [],
+        "SECTION.FIELD=VALUE, for example train.lr=3e-4; may be given many times.",
+        flag_values=into,
     )
     flags.DEFINE_integer(
-        "simulated_devices", 0, "Run on this many simulated CPU devices.", lower_bound=0
+        "simulated_devices",
+        0,
+        "Run on this many simulated CPU devices.",
+        lower_bound=0,
+        flag_values=into,
     )
     flags.DEFINE_string(
         "processes",
         None,
-        "Run together with other processes: 'auto' on TPU pods, SLURM and Open MPI, or "
+        "Run together with other processes: 'auto' on TPU pods, GKE, SLURM and under MPI, or "
         "HOST:PORT,INDEX,COUNT with the address of process 0.",
+        flag_values=into,
     )
-    flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+    flags.DEFINE_bool("debug", False, "Show the traceback of an error.", flag_values=into)
 
 
 def parse_settings(
@@ -87,25 +96,6 @@ def simulate_devices(count: int) -> None:
         ) from error
 
 
-def parse_processes(text: str) -> dict[str, Any]:
-    """Arguments of `jax.distributed.initialize`: none for ``"auto"``."""
-    if text == "auto":
-        return {}
-    address, _, numbers = text.partition(",")
-    index, _, count = numbers.partition(",")
-    is_address = address.rpartition(":")[0] and address.rpartition(":")[2].isdigit()
-    if not (is_address and index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise ValueError(
-            f"processes={text!r} cannot be read; write 'auto', or HOST:PORT,INDEX,COUNT with INDEX "
-            "below COUNT, for example 10.0.0.1:1234,0,2."
-        )
-    return {
-        "coordinator_address": address,
-        "process_id": int(index),
-        "num_processes": int(count),
-    }
-
-
 def run(main: Callable[[], int | None]) -> None:
     """Runs ``main()`` as a command: its result is the exit code, bad input is a message and 2.
 
@@ -129,21 +119,27 @@ def run(main: Callable[[], int | None]) -> None:
             if flags.FLAGS.simulated_devices:
                 simulate_devices(flags.FLAGS.simulated_devices)
             if flags.FLAGS.processes:
-                import jax
+                from jaxheads.parallel import multihost
 
-                jax.distributed.initialize(**parse_processes(flags.FLAGS.processes))
+                multihost.initialize(flags.FLAGS.processes)
             return main()
         except _USER_ERRORS as error:
             if flags.FLAGS.debug:
                 traceback.print_exc()
-            _fail(f"{type(error).__name__}: {error}", "--debug shows the traceback")
+            # Not to reach another process is no mistake of the input: a later try may do.
+            code = EXIT_TRY_AGAIN if isinstance(error, TimeoutError) else EXIT_BAD_INPUT
+            _fail(f"{type(error).__name__}: {error}", "--debug shows the traceback", code)
 
     app.run(guarded, flags_parser=parse)
 
 
-def _fail(message: str, hint: str) -> Any:
+def _fail(message: str, hint: str, code: int = EXIT_BAD_INPUT) -> Any:
     print(f"error: {message}\n({hint})", file=sys.stderr, flush=True)
-    sys.exit(EXIT_BAD_INPUT)
+    if "jax" in sys.modules:
+        from jaxheads.parallel import multihost
+
+        multihost.leave(code)
+    sys.exit(code)
 
 
 def provenance() -> dict[str, Any]:
@@ -157,7 +153,16 @@ def provenance() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {"command": sys.argv, "versions": versions, "git": _git_hash()}
+    return {"command": _command(), "versions": versions, "git": _git_hash()}
+
+
+def _command() -> list[str]:
+    """What was typed: a module of this checkout by its name, wherever the checkout lies."""
+    root, script = Path(__file__).resolve().parent.parent, Path(sys.argv[0]).resolve()
+    if script.suffix != ".py" or not script.is_relative_to(root):
+        return list(sys.argv)
+    module = ".".join(script.relative_to(root).with_suffix("").parts)
+    return ["python", "-m", module, *sys.argv[1:]]
 
 
 def _git_hash() -> str | None:

@@ -10,6 +10,7 @@ The same --seed writes the same text.
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Any, TextIO
 
@@ -68,11 +69,14 @@ def main() -> int:
     import jax
 
     from jaxheads.generation import generate
+    from jaxheads.parallel.multihost import is_main_process
 
     given = absl_flags.FLAGS
     if given.set:
         raise ValueError("launch.generate has no sections for --set; its settings are flags.")
-    model, tokenizer, mesh = loading.load(given.model, given.tokenizer, given.mesh, given.dtype)
+    model, tokenizer, mesh = loading.load(
+        given.model, given.tokenizer, given.mesh, given.dtype, given.dcn_mesh
+    )
     forward, _ = loading.edited_forward(
         model, given.heads, edit=given.edit, top_heads=given.top_heads, factor=given.factor
     )
@@ -80,7 +84,8 @@ def main() -> int:
     if not len(ids):
         raise ValueError("--prompt is empty and the tokenizer has no BOS; give some text.")
     stop = () if tokenizer.eos_id is None or not given.stop_at_eos else (tokenizer.eos_id,)
-    stream = TextStream(tokenizer, ids.tolist(), sys.stdout)
+    out = sys.stdout if is_main_process() else io.StringIO()
+    stream = TextStream(tokenizer, ids.tolist(), out)
     with jax.set_mesh(mesh):
         generate(
             model,
@@ -95,7 +100,7 @@ def main() -> int:
             callback=lambda _, new: stream.add(int(new[0])),
         )
     stream.flush()
-    print(flush=True)
+    print(file=out, flush=True)
     return 0
 
 

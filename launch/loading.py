@@ -1,13 +1,14 @@
 """What the launchers that use a trained model share: the model, its tokenizer, its mesh, its edit.
 
---model --tokenizer --mesh --dtype     `load`
---heads --edit --top_heads --factor    `edited_forward`
+--model --tokenizer --mesh --dcn_mesh --dtype    `load`
+--heads --edit --top_heads --factor              `edited_forward`
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,18 +27,26 @@ class Loaded(NamedTuple):
 
 def define_flags() -> None:
     """Defines the flags that `load` and `edited_forward` read."""
-    text = absl_flags.DEFINE_string
-    text("model", None, "Hugging Face directory or hub id, workdir of a run, or a shipped name.")
-    text("tokenizer", None, "'bytes' or a tokenizer.json; default: the one beside the model.")
-    text("mesh", "", "Device mesh, such as data:2,model:4; one axis may be -1.")
-    text("dtype", None, "float32, bfloat16 or float16; default: as stored.")
-    text("heads", None, "heads.json, or heads such as 0.1,2.3 (layer.head).")
+    define_model_flags()
+    absl_flags.DEFINE_string("heads", None, "heads.json, or heads such as 0.1,2.3 (layer.head).")
     absl_flags.DEFINE_enum("edit", "ablate", EDITS, "What happens to the heads.")
     absl_flags.DEFINE_integer("top_heads", None, "Take the heads of the N highest scores.")
     absl_flags.DEFINE_float("factor", None, "--edit=scale multiplies the listed heads by this.")
 
 
-def load(model: str | None, tokenizer: str | None, mesh: str, dtype: str | None) -> Loaded:
+def define_model_flags(into: absl_flags.FlagValues = absl_flags.FLAGS) -> None:
+    """Defines the flags that `load` reads."""
+    text = partial(absl_flags.DEFINE_string, flag_values=into)
+    text("model", None, "Hugging Face directory or hub id, workdir of a run, or a shipped name.")
+    text("tokenizer", None, "'bytes' or a tokenizer.json; default: the one beside the model.")
+    text("mesh", "", "Device mesh, such as data:2,model:4; one axis may be -1.")
+    text("dcn_mesh", "", "Axes over slices, such as data:4; --mesh is then of one slice.")
+    text("dtype", None, "float32, bfloat16 or float16; default: as stored.")
+
+
+def load(
+    model: str | None, tokenizer: str | None, mesh: str, dtype: str | None, dcn_mesh: str = ""
+) -> Loaded:
     """Model, tokenizer and mesh of the flags of these names.
 
     Raises:
@@ -51,7 +60,7 @@ def load(model: str | None, tokenizer: str | None, mesh: str, dtype: str | None)
         raise ValueError("--model is missing; give a directory with config.json, or a workdir.")
     directory = locate(model)
     reader = find_tokenizer(directory, tokenizer)
-    made = parallel.make_mesh(mesh)
+    made = parallel.make_mesh(mesh, dcn=dcn_mesh)
     loaded = huggingface.load(directory, dtype=dtype, mesh=made)
     if reader.vocab_size > loaded.cfg.vocab_size:
         raise ValueError(

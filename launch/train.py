@@ -8,12 +8,13 @@
 
 Without --data it reads the source of the Python standard library. The same command again goes on
 where the run ended. WORKDIR gets config.json, metrics.jsonl, tensorboard/, checkpoints/,
-tokenizer.json, sample.txt and, with --profile, profile/.
+tokenizer.json, sample.txt, compile_cache/ and, with --profile, profile/.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 from absl import flags as absl_flags
 
 from jaxheads.fields import from_json, override, unknown
-from launch import flags
+from launch import compile_cache, flags
 
 SECTIONS = ("model", "data", "train", "sample")
 # The everyday flags that are short names of fields.
@@ -62,6 +63,7 @@ def resolve(
     model: str | None = None,
     workdir: str | None = None,
     mesh: str | None = None,
+    dcn_mesh: str | None = None,
     profile: str | None = None,
     config: str | None = None,
     set: Sequence[str] = (),
@@ -102,6 +104,7 @@ def resolve(
         train=sections["train"],
         sample=sections["sample"],
         mesh=str(base.get("mesh", "")) if mesh is None else mesh,
+        dcn_mesh=str(base.get("dcn_mesh", "")) if dcn_mesh is None else dcn_mesh,
         workdir=f"runs/{Path(name or 'model').name}" if workdir is None else workdir,
     )
     return Plan(run, None if source is None else lambda: _load(source, run))
@@ -121,11 +124,11 @@ def _read_config(path: str) -> dict[str, Any]:
         content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"config={path!r} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"config={path!r} is not JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"config={path!r} must hold a JSON object, as config.json of a run does.")
-    own = {*SECTIONS, "mesh", "workdir", "command", "versions", "git"}
+    own = {*SECTIONS, "mesh", "dcn_mesh", "workdir", "command", "versions", "git"}
     for name in content:
         if name not in own:
             raise ValueError(f"config={path!r}: {unknown('section', name, own)}")
@@ -172,10 +175,11 @@ def _stored(path: Path):
             f"model={str(path)!r} holds neither config.json and weights (Hugging Face) nor "
             "checkpoints of a training run."
         )
+    from jaxheads.checkpoints.directory import read_json
     from jaxheads.checkpoints.families import from_hf
 
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    return from_hf(config), str(path) if (path / "tokenizer.json").is_file() else None
+    cfg = from_hf(read_json(path / "config.json"))
+    return cfg, str(path) if (path / "tokenizer.json").is_file() else None
 
 
 def _check_same_parameters(stored, cfg, name: str) -> None:
@@ -205,16 +209,16 @@ def _load(path: Path, run):
     import jaxheads as jh
     from jaxheads.models import with_config
 
-    mesh = jh.parallel.make_mesh(run.mesh)
+    mesh = jh.parallel.make_mesh(run.mesh, dcn=run.dcn_mesh)
     model = jh.load(path, dtype=run.model.param_dtype, mesh=mesh)
     fields = dataclasses.fields(run.model)
     return with_config(model, **{f.name: getattr(run.model, f.name) for f in fields})
 
 
-def define_flags() -> None:
+def define_flags(into: absl_flags.FlagValues = absl_flags.FLAGS) -> None:
     """Defines the flags of this launcher."""
-    flags.define_common()
-    text = absl_flags.DEFINE_string
+    flags.define_common(into)
+    text = functools.partial(absl_flags.DEFINE_string, flag_values=into)
     text(
         "model",
         None,
@@ -222,6 +226,7 @@ def define_flags() -> None:
     )
     text("data", None, "Text to train on: files, directories or globs; default: stdlib.")
     text("mesh", None, "Devices per axis, for example data:2,model:4; one may be -1.")
+    text("dcn_mesh", None, "Axes over slices, for example data:4; --mesh is then of one slice.")
     text("steps", None, "Steps of the whole run.")
     text("batch_size", None, "Sequences in a step, over all devices.")
     text("seq_len", None, "Tokens in a sequence.")
@@ -230,7 +235,30 @@ def define_flags() -> None:
     text("dtype", None, "Of computation: auto, float32 or bfloat16.")
     text("profile", None, "START:STOP: steps to trace into WORKDIR/profile.")
     text("config", None, "Settings to start from: config.json of another run.")
-    absl_flags.DEFINE_bool("resume", True, "Go on from the newest checkpoint in the workdir.")
+    text(
+        "compile_cache",
+        compile_cache.AUTO,
+        "Where compiled programs are kept: a directory, off, or auto: JAX_COMPILATION_CACHE_DIR, "
+        f"else WORKDIR/{compile_cache.FOLDER}.",
+    )
+    absl_flags.DEFINE_bool(
+        "resume", True, "Go on from the newest checkpoint in the workdir.", flag_values=into
+    )
+    absl_flags.DEFINE_integer(
+        "stop_exit_code",
+        0,
+        "Exit code of a run that a signal ended before its last step.",
+        lower_bound=0,
+        upper_bound=125,
+        flag_values=into,
+    )
+
+
+def resolve_flags(given: absl_flags.FlagValues) -> Plan:
+    """`resolve` of flags that `define_flags` defined and a command line set."""
+    names = ("model", "workdir", "mesh", "dcn_mesh", "profile", "config", "set", *FIELDS)
+    settings: dict[str, Any] = {name: given[name].value for name in names}
+    return resolve(**settings)
 
 
 def main() -> int:
@@ -239,14 +267,16 @@ def main() -> int:
     from jaxheads.training.watch import NonFiniteLossError
 
     given = absl_flags.FLAGS
-    names = ("model", "workdir", "mesh", "profile", "config", "set", *FIELDS)
-    plan = resolve(**{name: given[name].value for name in names})
+    plan = resolve_flags(given)
+    compile_cache.enable(given.compile_cache, plan.run.workdir)
     try:
-        train(plan.run, model=plan.load, resume=given.resume, provenance=flags.provenance())
+        result = train(
+            plan.run, model=plan.load, resume=given.resume, provenance=flags.provenance()
+        )
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    return 0
+    return given.stop_exit_code if result.stopped_by else 0
 
 
 if __name__ == "__main__":

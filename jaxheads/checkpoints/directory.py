@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxheads.checkpoints.safetensors import MappedFile, Stored
+from jaxheads.fields import shorten
 
 ASSETS = Path(__file__).parents[1] / "assets"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -69,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def raise_all(where: str, problems: Sequence[str]) -> None:
     """One error for everything wrong with a directory."""
     if problems:
-        shown = "\n  ".join(problems[:_LISTED])
+        shown = "\n  ".join(shorten(problem, 240) for problem in problems[:_LISTED])
         more = len(problems) - _LISTED
         rest = f"\n  ... and {more} more" if more > 0 else ""
         s = "s" if len(problems) > 1 else ""
@@ -80,6 +81,8 @@ def open_weights(directory: Path) -> dict[str, Stored]:
     """The tensors of a directory, by the names in its files."""
     problems: list[str] = []
     index: dict[str, str] | None = None
+    for name in (INDEX, WEIGHTS):
+        check_inside(directory, name)
     if (directory / INDEX).is_file():
         index = _read_index(directory, problems)
         files = sorted(set(index.values()))
@@ -116,19 +119,39 @@ def _read_index(directory: Path, problems: list[str]) -> dict[str, str]:
     index = read_json(directory / INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
         raise ValueError(f"{directory / INDEX} has no weight_map of file names.")
-    # The hub's cache keeps a snapshot's files as links into the blobs of the same repository.
-    inside = [directory.resolve()]
-    if directory.resolve().parent.name == "snapshots":
-        inside.append(directory.resolve().parents[1] / "blobs")
     for name in sorted(set(index.values())):
         path = directory / name
         if name != Path(name).name or name in ("", ".", "..") or "\\" in name or "\0" in name:
             problems.append(f"{INDEX} names {name!r}, which is not a file of this directory")
-        elif not any(path.resolve().is_relative_to(place) for place in inside):
-            problems.append(f"{name} is a link to {path.resolve()}, outside the directory")
+        elif (problem := _link_problem(directory, name)) is not None:
+            problems.append(problem)
         elif not path.is_file():
             problems.append(f"{name}, named by {INDEX}, is missing")
     return index
+
+
+def check_inside(directory: Path, name: str) -> None:
+    """Raise for a file that is a link to somewhere else: what lies there is not the model's."""
+    problem = _link_problem(directory, name)
+    if problem is not None:
+        raise ValueError(f"{directory}: {problem}; copy the file here if it is meant.")
+
+
+def _link_problem(directory: Path, name: str) -> str | None:
+    path = directory / name
+    if not path.is_symlink():
+        return None
+    # The hub's cache keeps a snapshot's files as links into the blobs of the same repository.
+    inside = [directory.resolve()]
+    if directory.resolve().parent.name == "snapshots":
+        inside.append(directory.resolve().parents[1] / "blobs")
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):  # Python 3.11 and 3.12 raise RuntimeError for loops
+        return f"{name} is a link to itself"
+    if not any(target.is_relative_to(place) for place in inside):
+        return f"{name} is a link to {target}, outside the directory"
+    return None
 
 
 def _no_weights(directory: Path) -> str:

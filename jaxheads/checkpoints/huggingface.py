@@ -24,6 +24,7 @@ from jaxheads.checkpoints.directory import (
     CONFIG,
     INDEX,
     WEIGHTS,
+    check_inside,
     locate,
     open_weights,
     raise_all,
@@ -32,7 +33,9 @@ from jaxheads.checkpoints.directory import (
 from jaxheads.checkpoints.families import from_hf, to_hf
 from jaxheads.checkpoints.names import NAME_MAPS, NameMap, Row
 from jaxheads.checkpoints.safetensors import DTYPES, Stored, Tensor
+from jaxheads.fields import shorten
 from jaxheads.models import Decoder, ModelConfig, with_config
+from jaxheads.parallel.multihost import is_main_process
 from jaxheads.typing import PyTree
 
 
@@ -59,11 +62,12 @@ def load(path_or_name: str | Path, *, dtype: Any = None, mesh: Mesh | None = Non
     is_run = (directory / "checkpoints").is_dir() and not has_weights
     if is_run or not (directory / CONFIG).is_file():
         return _load_training(directory, name, mesh)
+    check_inside(directory, CONFIG)
     config = read_json(directory / CONFIG)
     try:
         cfg = from_hf(config)
     except (ValueError, NotImplementedError) as error:
-        raise type(error)(f"{directory}: {error}") from error
+        raise type(error)(f"{directory}: {shorten(error)}") from error
     names_of = NAME_MAPS.get(config["model_type"])  # None: our own names
     abstract: Decoder = jax.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0)))
     homes = _homes(cfg, names_of, _flatten(abstract)[0])
@@ -305,7 +309,7 @@ def save(model: Decoder, directory: str | Path, *, max_shard_bytes: float = 5e9)
         if len(shards) == 1
         else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     )
-    if jax.process_index() == 0:
+    if is_main_process():
         path.mkdir(parents=True, exist_ok=True)
         _write(path, config, dict(zip(files, shards)))
     else:

@@ -5,8 +5,9 @@
       training/   step, random key and optimiser state by name ("opt_state.0.mu.embed.table")
       config/     JSON: the configurations the run was started with
       data/       JSON: where the data stands, for all processes
+      checksums-*  of all these files
 A checkpoint appears under its step only when it is complete; what an interrupted save leaves
-behind is recognised and skipped.
+behind is recognised and skipped, and so is a checkpoint whose bytes have changed since.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import dataclasses
 import json
 import logging
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,9 +31,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxheads import parallel
+from jaxheads.checkpoints import checksums
 from jaxheads.data import DataConfig, merge_states
 from jaxheads.fields import differences, from_json
 from jaxheads.models import Decoder, ModelConfig
+from jaxheads.parallel.multihost import all_agree, is_main_process, wait_for_all
 from jaxheads.typing import PyTree
 
 T = TypeVar("T")
@@ -38,6 +43,7 @@ _log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 ITEMS = ("model", "training", "config", "data")
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is being written
+_DELETED = "deleted"  # where old checkpoints are moved at once, to be removed file by file
 
 
 class Restored(NamedTuple):
@@ -114,9 +120,19 @@ class Checkpoints:
         self._ocp = ocp
         self._directory = Path(directory).resolve()
         if not read_only:
-            if jax.process_index() == 0:
+            if is_main_process():
                 _clear_incomplete(self._directory)
-            _wait_for_all("jaxheads: incomplete checkpoints cleared")
+            wait_for_all("jaxheads: incomplete checkpoints cleared")
+            damaged = _damaged_steps(self._directory)
+            if is_main_process():
+                for number in damaged:
+                    _set_aside(self._directory / str(number), "damaged")
+            wait_for_all("jaxheads: damaged checkpoints set aside")
+        self._read_only = read_only
+        self._damaged: set[int] | None = None if read_only else set()  # None: not looked yet
+        self._intact: set[int] = set()
+        self._writing: tuple[int, Future[None]] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checksums")
         keep: list[policies.PreservationPolicy] = [policies.LatestN(keep_last)]
         if keep_best:
             keep.append(
@@ -133,6 +149,7 @@ class Checkpoints:
                     preservation_policy=policies.AnyPreservationPolicy(keep),
                     best_fn=_eval_loss,  # without it Orbax does not store metrics
                     best_mode="min",
+                    todelete_subdir=None if read_only else _DELETED,
                     read_only=read_only,
                     create=not read_only,
                 ),
@@ -147,13 +164,17 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.close()
+        elif jax.process_count() == 1:  # else the others may never come to where this one waits
+            with contextlib.suppress(Exception):  # what went wrong first is on its way up
+                self.close()
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are complete, in order."""
-        return sorted(self._manager.all_steps())
+        """Steps of the checkpoints that are complete, in order; not those found damaged."""
+        return sorted(set(self._manager.all_steps()) - (self._damaged or set()))
 
     @property
     def best_step(self) -> int | None:
@@ -178,27 +199,64 @@ class Checkpoints:
     ) -> None:
         """Starts to write a checkpoint and returns; the arrays may be donated right after.
 
-        Waits first for the checkpoint before it, and raises what went wrong there.
+        Waits first for the checkpoint before it, and raises what went wrong there (`check`).
 
         Args:
           training: whatever the run needs besides the model, as a pytree of arrays.
           config: JSON values.
           data_state: of this process; the states of all processes are merged.
         """
+        self.wait()
         if step in self._manager.all_steps():
             return
         args = self._ocp.args
-        self._manager.save(
-            step,
-            args=args.Composite(
-                model=args.StandardSave(flatten(model)),
-                training=args.StandardSave(flatten(training)),
-                config=args.JsonSave(dict(config)),
-                data=args.JsonSave(gather_states(data_state)),
-            ),
-            # Checkpoints without an evaluation rank last, the newest of them first.
-            metrics={"eval_loss": math.inf if eval_loss is None else eval_loss},
-        )
+        with self._explained(step):
+            self._manager.save(
+                step,
+                args=args.Composite(
+                    model=args.StandardSave(flatten(model)),
+                    training=args.StandardSave(flatten(training)),
+                    config=args.JsonSave(dict(config)),
+                    data=args.JsonSave(gather_states(data_state)),
+                ),
+                # Checkpoints without an evaluation rank last, the newest of them first.
+                metrics={"eval_loss": math.inf if eval_loss is None else eval_loss},
+            )
+        self._writing = step, self._thread.submit(self._finish, step)
+
+    def _finish(self, step: int) -> None:
+        """In a thread: when the checkpoint is complete, adds the checksums of its files."""
+        self._manager.wait_until_finished()
+        if is_main_process():
+            shutil.rmtree(self._directory / _DELETED, ignore_errors=True)
+        directory = self._directory / str(step)
+        checksums.write(directory, jax.process_index(), jax.process_count())
+
+    def check(self) -> None:
+        """Raises what went wrong in the last `save`, if anything; does not wait for it.
+
+        Raises:
+          OSError: when the disk is full or refuses to be written.
+        """
+        if self._writing is not None and self._writing[1].done():
+            self.wait()
+
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        """Turns what Orbax says about a disk into one clear error."""
+        try:
+            yield
+        except Exception as error:
+            reason = _disk_error(error)
+            if reason is None:
+                raise
+            rest = [s for s in _complete_steps(self._directory) if s != step]
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {self._directory}: "
+                f"{reason}. "
+                + (f"The one of step {rest[-1]} is complete. " if rest else "")
+                + "Make room and start again; the run goes on from its newest complete checkpoint."
+            ) from error
 
     def config(self, step: int | None = None) -> dict[str, Any]:
         """The JSON configurations inside a checkpoint; default: the newest."""
@@ -211,7 +269,7 @@ class Checkpoints:
           model, training: as `abstract` gives them: shapes, dtypes and shardings.
         Raises:
           ValueError: when the checkpoint is of another model or another optimiser, naming the
-            fields or arrays that differ.
+            fields or arrays that differ, and when its files are damaged.
         """
         step = self._step(step)
         stored = from_json(ModelConfig, self._read(step, "config")["model"], section="model")
@@ -255,14 +313,28 @@ class Checkpoints:
         return self._manager.reached_preemption(step)
 
     def wait(self) -> None:
-        """Returns when the last `save` is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when the last `save` is on disk; raises as `check`."""
+        if self._writing is not None:
+            step, finished = self._writing
+            with self._explained(step):
+                finished.result()
+            self._writing = None
 
     def close(self) -> None:
         """Waits for the last `save` and ends the threads."""
+        try:
+            self.wait()
+        except Exception:
+            with contextlib.suppress(Exception):  # it would tell the same, less clearly
+                self._manager.close()
+            raise
+        finally:
+            self._thread.shutdown()
         self._manager.close()
 
     def _step(self, step: int | None) -> int:
+        if step is None and self._damaged is None:
+            self._damaged = _damaged_steps(self._directory, only_model=True)
         if step is None and self.steps:
             return self.steps[-1]
         if step not in self.steps:
@@ -270,6 +342,12 @@ class Checkpoints:
                 f"{self._directory} holds no checkpoint{'' if step is None else f' of step {step}'}"
                 f"; complete ones: {', '.join(map(str, self.steps)) or 'none'}."
             )
+        if step not in self._intact:  # an older one; the newest was looked at in the beginning
+            checkpoint = self._directory / str(step)
+            found = _problems(checkpoint, only_model=self._read_only)
+            if found is not None:
+                raise ValueError(f"checkpoint {checkpoint} is damaged ({found}); take another.")
+            self._intact.add(step)
         return step
 
     def _read(self, step: int, item: str) -> dict[str, Any]:
@@ -278,7 +356,9 @@ class Checkpoints:
 
     def _compare(self, step: int, item: str, like: Mapping[str, Any]) -> None:
         """Raise when names or shapes of the stored arrays are not those of `like`."""
-        metadata = self._manager.item_metadata(step)[item]
+        # The manager would open all items, of which a reader of models needs one.
+        path = self._directory / str(step) / item
+        metadata = self._ocp.StandardCheckpointHandler().metadata(path)  # type: ignore[arg-type]
         stored = {name: tuple(array.shape) for name, array in metadata.tree.items()}
         wanted = {name: tuple(array.shape) for name, array in like.items()}
         # Random keys are stored as the integers they are made of.
@@ -303,11 +383,11 @@ def _eval_loss(metrics: Mapping[str, float]) -> float:
 
 
 # How the maths is carried out, not what it is: free to change from run to run.
-_FREE_FIELDS = frozenset({"implementation", "remat", "compute_dtype"})
+_FREE_FIELDS = frozenset({"implementation", "remat", "compute_dtype", "scan_unroll"})
 
 
 def load_model(path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> Decoder:
-    """The model of a training run.
+    """The model of a training run. In a run of many processes all must call this.
 
     Args:
       path: a workdir, its `checkpoints` directory (both: the newest checkpoint), or one checkpoint.
@@ -317,7 +397,7 @@ def load_model(path: str | Path, *, dtype: str | None = None, mesh: Mesh | None 
       ValueError: when there is no complete checkpoint.
     """
     directory, step = _locate(Path(path).expanduser().resolve())
-    with Checkpoints(directory, read_only=True) as checkpoints:
+    with _damage_named(directory), Checkpoints(directory, read_only=True) as checkpoints:
         cfg = from_json(ModelConfig, checkpoints.config(step)["model"], section="model")
         cfg = cfg if dtype is None else dataclasses.replace(cfg, param_dtype=dtype)
         mesh = parallel.make_mesh("") if mesh is None else mesh
@@ -332,10 +412,28 @@ def load_config(path: str | Path) -> dict[str, Any]:
       path: as for `load_model`.
     """
     directory, step = _locate(Path(path).expanduser().resolve())
-    with Checkpoints(directory, read_only=True) as checkpoints:
-        stored = checkpoints.config(step)
     kinds = {"model": ModelConfig, "data": DataConfig}
-    return {n: from_json(k, stored[n], section=n) for n, k in kinds.items() if n in stored}
+    with _damage_named(directory), Checkpoints(directory, read_only=True) as checkpoints:
+        stored = checkpoints.config(step)
+        return {n: from_json(k, stored[n], section=n) for n, k in kinds.items() if n in stored}
+
+
+@contextlib.contextmanager
+def _damage_named(directory: Path) -> Iterator[None]:
+    """Errors about damaged files, which Orbax raises as almost anything, as one that names them."""
+    try:
+        yield
+    except NotImplementedError:
+        raise
+    except Exception as error:  # tensorstore's own are plain Exceptions
+        text = str(error)
+        if isinstance(error, ValueError) and str(directory) in text:
+            raise
+        reason = text.partition("\n")[0][:300] or type(error).__name__
+        raise ValueError(
+            f"a checkpoint in {directory} cannot be read: its files are damaged or of another "
+            f"version ({type(error).__name__}: {reason}). Take another step, or a copy."
+        ) from error
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -366,23 +464,92 @@ def _is_complete(directory: Path) -> bool:
         return False
     try:
         metadata = json.loads((directory / "_CHECKPOINT_METADATA").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     there = all((directory / item).is_dir() for item in ITEMS)
-    return there and bool(metadata.get("commit_timestamp_nsecs"))
+    return there and isinstance(metadata, dict) and bool(metadata.get("commit_timestamp_nsecs"))
 
 
 def _clear_incomplete(directory: Path) -> None:
     """Remove what interrupted saves left, and set damaged checkpoints aside, with a warning."""
     for entry in sorted(directory.iterdir()) if directory.is_dir() else []:
-        if _TEMPORARY in entry.name:
+        if entry.name == _DELETED:
+            shutil.rmtree(entry)
+        elif _TEMPORARY in entry.name:
             _log.warning("%s is an unfinished save of an interrupted run: removed.", entry)
             shutil.rmtree(entry)
         elif entry.name.isdigit() and not _is_complete(entry):
-            aside = entry.with_name(f"incomplete-{entry.name}")
-            _log.warning("checkpoint %s is incomplete: skipped, and renamed %s.", entry, aside.name)
-            shutil.rmtree(aside, ignore_errors=True)
-            entry.rename(aside)
+            _set_aside(entry, "incomplete")
+
+
+def _set_aside(checkpoint: Path, why: str) -> None:
+    aside = checkpoint.with_name(f"{why}-{checkpoint.name}")
+    _log.warning("checkpoint %s is %s: skipped, and renamed %s.", checkpoint, why, aside.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+
+
+def _complete_steps(directory: Path) -> list[int]:
+    entries = directory.iterdir() if directory.is_dir() else ()
+    return sorted(int(entry.name) for entry in entries if _is_complete(entry))
+
+
+def _damaged_steps(directory: Path, *, only_model: bool = False) -> set[int]:
+    """The newest checkpoints down to the first one whose files are as they were written.
+
+    Raises:
+      ValueError: when there are checkpoints and all of them are damaged.
+    """
+    damaged: dict[int, str] = {}
+    for step in reversed(_complete_steps(directory)):
+        checkpoint = directory / str(step)
+        found = _problems(checkpoint, only_model=only_model)
+        if found is None:
+            break
+        damaged[step] = found
+        _log.warning("checkpoint %s is damaged (%s): the one before is used.", checkpoint, found)
+    else:
+        if damaged:
+            step, found = next(iter(damaged.items()))
+            raise ValueError(
+                f"every checkpoint in {directory} is damaged; the newest, {step}: {found}. Restore "
+                "the files from a copy, or start anew with another workdir or --resume=false."
+            )
+    return set(damaged)
+
+
+def _problems(checkpoint: Path, *, only_model: bool) -> str | None:
+    """What is wrong with the files of a checkpoint, None when they are as they were written.
+
+    Each process reads a share of the files, and all come to the same result.
+    """
+    found = checksums.problems(
+        checkpoint,
+        jax.process_index(),
+        jax.process_count(),
+        wanted=lambda name: not (only_model and name.startswith("training/")),
+    )
+    if all_agree(not found):
+        if not checksums.is_complete(checkpoint):
+            _log.info("checkpoint %s has no checksums: taken as it is.", checkpoint)
+        return None
+    return "; ".join(found[:4]) or "found by another process"
+
+
+_DISK = re.compile(
+    r"No space left on device|Disk quota exceeded|File too large|Read-only file system|"
+    r"Input/output error|Permission denied|Stale file handle"
+)
+
+
+def _disk_error(error: BaseException | None) -> str | None:
+    """What the disk said, None for an error of another kind."""
+    while error is not None:
+        found = _DISK.search(str(error))
+        if found:
+            return found[0]
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def gather_states(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -399,10 +566,3 @@ def gather_states(state: Mapping[str, Any]) -> dict[str, Any]:
     states = [json.loads(bytes(row[:n])) for row, n in zip(rows, lengths)]
     # Processes that a model or context axis spans read the same rows.
     return merge_states(list({tuple(state["rows"]): state for state in states}.values()))
-
-
-def _wait_for_all(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)

@@ -1,5 +1,7 @@
 """Meshes, and the one table that maps logical axis names to mesh axes."""
 
+from jaxheads.parallel import multihost
+from jaxheads.parallel.compiler import TPU_OPTIONS, compiler_options
 from jaxheads.parallel.mesh import MESH_AXES, make_mesh, parse_mesh
 from jaxheads.parallel.rules import (
     RULES,
@@ -9,17 +11,22 @@ from jaxheads.parallel.rules import (
     partition_spec,
     shard,
     shardings,
+    ways,
 )
 
 __all__ = [
     "MESH_AXES",
     "RULES",
+    "TPU_OPTIONS",
     "Rules",
+    "compiler_options",
     "constrain",
     "initialize",
     "make_mesh",
+    "multihost",
     "parse_mesh",
     "partition_spec",
     "shard",
     "shardings",
+    "ways",
 ]

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 RULES: Rules = {
     # parameters
     "vocab": "model",
-    "embed": "fsdp",
+    "embed": ("fsdp", "context"),
     "heads": "model",
     "kv_heads": "model",
     "head_dim": None,
@@ -35,6 +35,10 @@ RULES: Rules = {
     "layers": None,
     # activations
     "batch": ("data", "fsdp"),
+    # of ids looked up in a table whose width is split over fsdp and context
+    "lookup_batch": "data",
+    "lookup_length": None,
+    "lookup_embed": "context",
     "length": "context",
     "act_embed": None,
     "act_heads": "model",
@@ -43,7 +47,8 @@ RULES: Rules = {
     "act_vocab": "model",
 }
 """Splits by default: batch over data and fsdp, sequence over context, heads, MLP and vocabulary
-over model, and the model width of every weight over fsdp."""
+over model, and the model width of every weight over fsdp and context: the devices of a long
+sequence hold a part of the weights each, as those of a batch do."""
 
 MAY_REPLICATE = frozenset({"vocab", "act_vocab"})
 """Axes whose size is a fact of the tokenizer (GPT-2 has 50,257 tokens): kept whole, with one log
@@ -162,11 +167,26 @@ def constrain(x: jax.Array, axes: Sequence[str | None], rules: Rules = RULES) ->
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return x
+    return jax.lax.with_sharding_constraint(x, constrained_spec(axes, x.shape, rules))
+
+
+def constrained_spec(axes: Sequence[str | None], shape: Sequence[int], rules: Rules = RULES) -> P:
+    """How `constrain` splits an array of this shape on the mesh of `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
     fitting = [
-        a if a is not None and x.shape[i] % _ways(a, mesh, rules) == 0 else None
+        a if a is not None and shape[i] % _ways(a, mesh, rules) == 0 else None
         for i, a in enumerate(axes)
     ]
-    return jax.lax.with_sharding_constraint(x, partition_spec(fitting, x.shape, mesh, rules))
+    return partition_spec(fitting, shape, mesh, rules)
+
+
+def ways(axis: str, size: int, rules: Rules = RULES) -> int:
+    """How many devices of the mesh of `jax.set_mesh` an axis of this size is split over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return 1
+    count = _ways(axis, mesh, rules)
+    return 1 if size % count else count
 
 
 def _ways(axis: str, mesh: AbstractMesh, rules: Rules) -> int:

@@ -69,7 +69,7 @@ class TrainConfig:
     trainable: tuple[str, ...] = ("*",)  # globs over names such as "layers.attention.wq"
 
     z_loss: float = 0.0  # weight of the squared log-normaliser of the logits
-    loss_chunks: int = 0  # chunks of the sequence the cross-entropy is computed in; 0 = by size
+    loss_chunks: int = 0  # chunks of the vocabulary in the cross-entropy; 0 = by size
     aux_weight: float = 0.01  # weight of the attention variants' auxiliary losses
 
     log_every: int = 10  # steps between lines of metrics

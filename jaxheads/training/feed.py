@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxheads.data import BatchIterator
 from jaxheads.models import check_token_ids
 from jaxheads.training.step import batch_sharding
-from jaxheads.typing import Array
+from jaxheads.typing import Array, PyTree
 
 Batch = Mapping[str, np.ndarray]
 
@@ -45,11 +45,22 @@ class Feed:
         self._vocab_size = vocab_size
         self.devices = list(mesh.devices.flat)
         self.wait_seconds = 0.0
+        """Time in which the devices may have had nothing to do, because no batch was there."""
+
+    def after(self, running: PyTree) -> FedBatch:
+        """The next batch, made and sent while the step with the results `running` computes.
+
+        Where that step ends before the batch is there, the next one waits for its input. All of
+        this call then counts as waiting: at most that long were the devices idle.
+        """
+        start = time.perf_counter()
+        batch = next(self)
+        if all(array.is_ready() for array in jax.tree.leaves(running)):
+            self.wait_seconds += time.perf_counter() - start
+        return batch
 
     def __next__(self) -> FedBatch:
-        start = time.perf_counter()
         batch = next(self._data)
-        self.wait_seconds += time.perf_counter() - start
         for name in ("tokens", "targets"):
             check_token_ids(batch[name], self._vocab_size)
         arrays = put(batch, self._sharding, self._shape)

@@ -31,6 +31,7 @@ from jaxheads.data import DataConfig, Tokenizer, eval_batches, make_dataset
 from jaxheads.fields import to_json
 from jaxheads.generation import generate
 from jaxheads.models import Decoder, ModelConfig, forward
+from jaxheads.parallel.multihost import is_main_process
 from jaxheads.training.configs import TrainConfig
 from jaxheads.training.feed import Batch, Feed, batch_sharding, data_process, put
 from jaxheads.training.optimizers import make_optimizer
@@ -63,13 +64,15 @@ class RunConfig:
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
-    mesh: str = ""  # "data:2,model:4"
+    mesh: str = ""  # "data:2,model:4"; of one slice, where there are several
+    dcn_mesh: str = ""  # "data:4": axes over slices
     workdir: str = "runs/default"
 
     def __post_init__(self):
         if not self.workdir.strip():
             raise ValueError("workdir='' is empty; give a directory for checkpoints and metrics.")
-        parallel.parse_mesh(self.mesh)
+        for spec in (self.mesh, self.dcn_mesh):
+            parallel.parse_mesh(spec)
 
 
 class Result(NamedTuple):
@@ -119,7 +122,7 @@ def check_vocabulary(tokenizer: Tokenizer, cfg: ModelConfig) -> None:
 def prepare_workdir(workdir: str | Path) -> Path:
     """Make the directory and see that it can be written."""
     path = Path(workdir).expanduser()
-    probe = path / f".writable-{os.getpid()}"
+    probe = path / f".writable-{jax.process_index()}-{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe.touch()
@@ -166,7 +169,7 @@ def train(
       ValueError: for settings that do not fit together, and checkpoints that do not fit them.
       NonFiniteLossError: the batch is saved in the workdir, the last checkpoint stays as it is.
     """
-    mesh = parallel.make_mesh(run.mesh)
+    mesh = parallel.make_mesh(run.mesh, dcn=run.dcn_mesh)
     check_run(run, mesh)
     tokenizer = Tokenizer.load(run.data.tokenizer)
     check_vocabulary(tokenizer, run.model)
@@ -177,7 +180,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.callback(data.close)
         stack.enter_context(jax.set_mesh(mesh))
-        if not resume and jax.process_index() == 0:
+        if not resume and is_main_process():
             set_aside(workdir)
         checkpoints = stack.enter_context(
             orbax.Checkpoints(
@@ -188,7 +191,7 @@ def train(
         )
         trainer = _Trainer(run, mesh, checkpoints, data, tokenizer, workdir, forward)
         trainer.start(model)
-        if jax.process_index() == 0:
+        if is_main_process():
             content = to_json(run) | dict(provenance or {})
             (workdir / "config.json").write_text(json.dumps(content, indent=2) + "\n")
             tokenizer.save(workdir)  # the workdir can be loaded on its own
@@ -268,7 +271,7 @@ class _Trainer:
             self.workdir,
             first_step=self.step + 1,
             total_steps=cfg.steps,
-            active=jax.process_index() == 0,
+            active=is_main_process(),
         )
         try:
             begin = f"resuming after step {self.step}" if self.step else "starting"
@@ -307,8 +310,9 @@ class _Trainer:
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     self.state, metrics = self.train_step(self.state, batch.arrays)
                 self.step, self.data_state = step, batch.data_state
+                self.checkpoints.check()
                 window.add(step, metrics, batch.rows)
-                batch = next(feed) if step < cfg.steps else None
+                batch = feed.after(metrics) if step < cfg.steps else None
                 window.read(_IN_FLIGHT)
                 if profile.ends_at(step):
                     window.read(0)
@@ -407,7 +411,7 @@ class _Trainer:
         if jax.process_count() > 1:
             tokens = multihost_utils.process_allgather(tokens, tiled=True)
         text = self.tokenizer.decode(np.asarray(tokens)[0])
-        if jax.process_index() == 0:
+        if is_main_process():
             (self.workdir / "sample.txt").write_text(text + "\n", encoding="utf-8")
         self.writer.say(f"sampled text:\n{text}")
 

@@ -1,14 +1,14 @@
 """Next-token cross-entropy that never forms the logits of a whole batch.
 
-The sequence is cut into n interleaved chunks (chunk j holds positions j, j+n, j+2n, ...), so a
-sequence split over devices stays split. One scan forms a chunk's logits, its loss and, when the
-loss is differentiated, its gradients: three products with the vocabulary in all, where
-recomputing the logits in a backward pass takes four.
+The vocabulary is cut into chunks. One scan over them finds every token's log-normaliser as flash
+attention does, and, when the loss is differentiated, a second one recomputes each chunk's logits
+and takes the gradients: four products with the vocabulary in all (three when there is one chunk).
+Cutting the sequence instead would take three, but every device would hold the gathered kernel and
+a whole float32 gradient of it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -17,13 +17,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxheads.models import Decoder
-from jaxheads.parallel import RULES, constrain
+from jaxheads.parallel import constrain, ways
 from jaxheads.taps import TappedForward
 from jaxheads.training.configs import TrainConfig
 from jaxheads.typing import Array
 
 CHUNK_BYTES = 2**27
-"""Float32 logits of one chunk on one device, at most, when the number of chunks is not given."""
+"""Float32 logits of one chunk on one device that are always small enough to exist."""
+LANES = 128  # width of a TPU vector register; chunks are multiples of it where they are wider
+MOST_ENTRIES = 2.0**24  # numbered exactly in float32
+NO_LOGIT = float(jnp.finfo(jnp.float32).min / 2)
 
 
 class LossSums(NamedTuple):
@@ -58,7 +61,7 @@ def chunked_cross_entropy(
     soft_cap: float | None = None,
     vocab_first: bool = False,
 ) -> LossSums:
-    """Cross-entropy of ``softmax(cap(hidden @ kernel + bias))``, in chunks of the sequence.
+    """Cross-entropy of ``softmax(cap(hidden @ kernel + bias))``, in chunks of the vocabulary.
 
         loss = sum w (lse - logit[target] + z_loss lse^2),  lse = log sum_v exp(logit_v),
         cap(x) = soft_cap tanh(x / soft_cap)
@@ -73,11 +76,10 @@ def chunked_cross_entropy(
       targets: [B,T] ids. One outside the vocabulary gives NaN unless its weight is 0.
       weights: [B,T]; None counts every token once.
       bias: [V], added before the soft-cap.
-      num_chunks: n, a divisor of T; 0 takes the fewest (at least 2) whose logits stay below
-        `CHUNK_BYTES` on a device.
+      num_chunks: n; 0 lets `choose_num_chunks` choose.
 
     Raises:
-      ValueError: for shapes that do not fit and chunks that do not divide T.
+      ValueError: for shapes that do not fit and more chunks than entries.
     """
     if hidden.ndim != 3 or targets.shape != hidden.shape[:2]:
         raise ValueError(
@@ -91,11 +93,11 @@ def chunked_cross_entropy(
             f"{'[V,E] (vocab_first)' if vocab_first else '[E,V]'} with E={hidden.shape[2]}."
         )
     batch, length = targets.shape
-    num_chunks = num_chunks or choose_num_chunks(batch, length, vocab)
-    if num_chunks < 1 or length % num_chunks:
+    num_chunks = num_chunks or choose_num_chunks(batch, length, vocab, width)
+    if not 1 <= num_chunks <= vocab // ways("vocab", vocab):
         raise ValueError(
-            f"loss_chunks={num_chunks} does not divide the sequence length {length}; choose a "
-            "divisor, or 0 to have one chosen."
+            f"loss_chunks={num_chunks} must lie between 1 and the {vocab // ways('vocab', vocab)} "
+            "entries of the vocabulary on a device; 0 has a number chosen."
         )
     weights = _check_weights(weights, targets, vocab)
     options = _Options(num_chunks, z_loss, soft_cap, vocab_first)
@@ -108,8 +110,13 @@ def cross_entropy(
 ) -> LossSums:
     """`chunked_cross_entropy` from logits [B,T,V] that exist already; plain autodiff."""
     weights = _check_weights(weights, targets, logits.shape[-1])
-    loss, correct, lse, _ = _measure(logits.astype(jnp.float32), targets, z_loss)
-    parts = (loss, jnp.ones_like(loss), correct, jnp.square(lse[..., 0]))
+    logits = logits.astype(jnp.float32)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    picked = jnp.sum(jnp.where(index == targets[..., None], logits, 0), axis=-1)
+    loss = lse - picked + z_loss * jnp.square(lse)
+    correct = jnp.argmax(logits, axis=-1) == targets
+    parts = (loss, jnp.ones_like(loss), correct, jnp.square(lse))
     return LossSums(*(jnp.sum(weights * part) for part in parts))
 
 
@@ -123,32 +130,29 @@ def _check_weights(weights: Array | None, targets: Array, vocab: int) -> Array:
     return jnp.where(known, weights, jnp.nan)
 
 
-def choose_num_chunks(batch: int, length: int, vocab: int) -> int:
-    """The fewest chunks, at least 2, whose logits stay below `CHUNK_BYTES` on a device."""
-    local = length // _ways("length", length)
-    rows = batch // _ways("batch", batch)
-    row_bytes = 4 * rows * (vocab // _ways("act_vocab", vocab))
-    divisors = [n for n in range(min(2, local), local + 1) if local % n == 0]
-    return next((n for n in divisors if local // n * row_bytes <= CHUNK_BYTES), divisors[-1])
+def choose_num_chunks(batch: int, length: int, vocab: int, width: int) -> int:
+    """The fewest chunks of the vocabulary whose logits stay small on a device.
 
-
-def _ways(axis: str, size: int) -> int:
-    """Over how many devices of the current mesh an activation axis of this size is split."""
+    Small is `CHUNK_BYTES`, or twice the float32 hidden states where that is more: less than what
+    the MLP of one layer holds. On one device, whose gradients are whole anyway, it is four times
+    `CHUNK_BYTES`: one chunk saves a product.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes:
-        return 1
-    rule = RULES[axis]
-    ways = math.prod(mesh.shape[a] for a in ((rule,) if isinstance(rule, str) else rule or ()))
-    return 1 if size % ways else ways
+    small = CHUNK_BYTES * (4 if mesh.empty or mesh.size == 1 else 1)
+    tokens = batch // ways("batch", batch) * (length // ways("length", length))
+    entries = max(small // (4 * tokens), 2 * width)
+    return -(-vocab // ways("vocab", vocab) // entries)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _sums(hidden, kernel, bias, targets, weights, options):
-    return _scan(hidden, kernel, bias, targets, weights, options, with_grads=False)[0]
+    return _Chunks(hidden, kernel, bias, targets, weights, options).sums()[0]
 
 
 def _sums_fwd(hidden, kernel, bias, targets, weights, options):
-    sums, grads = _scan(hidden, kernel, bias, targets, weights, options, with_grads=True)
+    chunks = _Chunks(hidden, kernel, bias, targets, weights, options)
+    sums, lse, top = chunks.sums()
+    grads = chunks.gradients(lse, top)
     return sums, (grads, jnp.zeros((), hidden.dtype), jnp.zeros((), kernel.dtype), bias)
 
 
@@ -164,86 +168,183 @@ def _sums_bwd(options, residuals, cotangents):
 _sums.defvjp(_sums_fwd, _sums_bwd)
 
 
-def _measure(logits: Array, target: Array, z_loss: float):
-    """(loss [B,C], correct [B,C], lse [B,C,1], is_target [B,C,V]) of logits [B,C,V].
+class _Chunks:
+    """The vocabulary in n chunks of C entries from each of the x devices it is split over.
+
+    Entry c of chunk j on shard i is entry ``i V/x + j C + c`` of the vocabulary; the last chunk of
+    a shard is filled up with entries that do not exist. Sums over the vocabulary stay apart for
+    each shard until the end, so that a chunk costs no communication but its part of the kernel
+    (gathered over fsdp, and scattered as a gradient): no device ever holds a whole kernel.
+    """
+
+    def __init__(self, hidden, kernel, bias, targets, weights, options: _Options):
+        self.hidden, self.targets, self.weights = hidden, targets, weights
+        self.options, self.dtype = options, hidden.dtype
+        self.shape = kernel.shape  # [V,E] or [E,V]
+        self.vocab = kernel.shape[0 if options.vocab_first else 1]
+        self.ways = ways("vocab", self.vocab)  # x
+        self.num, self.per_shard = options.num_chunks, self.vocab // self.ways
+        self.size = -(-self.per_shard // self.num)  # C
+        if self.num > 1 and self.size > LANES:
+            self.size = -(-self.size // LANES) * LANES
+        self.w = "xce" if options.vocab_first else "exc"
+        # Cast before it is gathered: half the bytes.
+        self.kernel = self._cut(kernel.astype(self.dtype))
+        self.bias = None if bias is None else self._cut(bias.astype(jnp.float32))
+
+    def _cut(self, a: Array) -> Array:
+        """[V] -> [x,n,C], [E,V] -> [E,x,n,C], [V,E] -> [x,n,C,E]."""
+        axis = a.ndim - 1 if not self.options.vocab_first else 0
+        before, after = a.shape[:axis], a.shape[axis + 1 :]
+        a = a.reshape(*before, self.ways, self.per_shard, *after)
+        fill = [(0, 0)] * a.ndim
+        fill[axis + 1] = (0, self.num * self.size - self.per_shard)
+        a = jnp.pad(a, fill).reshape(*before, self.ways, self.num, self.size, *after)
+        return constrain(a, self._axes(a.ndim, chunked=True))
+
+    def _axes(self, ndim: int, *, chunked: bool, embed: str | None = "embed"):
+        vocab = ("vocab", None, None) if chunked else ("vocab", None)
+        if ndim == len(vocab):
+            return vocab
+        return (*vocab, embed) if self.options.vocab_first else (embed, *vocab)
+
+    def _chunk(self, a: Array, j: Array) -> Array:
+        """Chunk j of what `_cut` returns, whole over the model width."""
+        axis = a.ndim - 2 - (a.ndim > 3 and self.options.vocab_first)
+        a = jax.lax.dynamic_index_in_dim(a, j, axis, keepdims=False)
+        return constrain(a, self._axes(a.ndim, chunked=False, embed=None))
+
+    def _over_chunks(self, body: Callable, carry):
+        """`jax.lax.scan` over the chunks; without a loop, and so merged, where there is one."""
+        if self.num > 1:
+            return jax.lax.scan(body, carry, jnp.arange(self.num))
+        carry, out = body(carry, 0)
+        return carry, jax.tree.map(lambda a: a[None], out)
+
+    def _logits(self, block: Array, j: Array) -> tuple[Array, Array, Array]:
+        """(logits [B,T,x,C] float32, which entry each is [x,C], which exist [x,C]) of chunk j."""
+        logits = jnp.einsum(
+            f"bte,{self.w}->btxc", self.hidden, block, preferred_element_type=jnp.float32
+        )
+        logits = constrain(logits, ("batch", "length", "act_vocab", None))
+        if self.bias is not None:
+            logits = logits + self._chunk(self.bias, j)
+        cap = self.options.soft_cap
+        logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+        shape = (self.ways, self.size)
+        within = j * self.size + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        entry = within + self.per_shard * jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        exists = within < self.per_shard
+        return jnp.where(exists, logits, NO_LOGIT), jnp.where(exists, entry, self.vocab), exists
+
+    def sums(self) -> tuple[tuple[Array, ...], Array, Array]:
+        """((loss, correct, z) sums, lse [B,T], largest logit of each shard [B,T,x])."""
+        target = self.targets[..., None]  # [B,T,1]
+
+        def body(carry: _Running, j):
+            logits, entry, _ = self._logits(self._chunk(self.kernel, j), j)
+            return _add_chunk(carry, logits, entry, target), None
+
+        start = _Running.start((*self.targets.shape, self.ways), self.vocab)
+        end = self._over_chunks(body, start)[0]
+        lse, picked, first_top = end.combine()
+        z = jnp.square(lse)
+        loss = lse - picked + self.options.z_loss * z
+        parts = (loss, first_top == self.targets, z)
+        return tuple(jnp.sum(self.weights * part) for part in parts), lse, end.top
+
+    def gradients(self, lse: Array, top: Array) -> tuple[Array, Array, Array | None]:
+        """Gradients of the loss sum with respect to hidden, kernel and bias."""
+        # A single chunk shifts by `top` as `sums` did: compilers then form logits and exponentials
+        # once for both.
+        shift = top[..., None] if self.num == 1 else lse[..., None, None]  # [B,T,x,1]
+        lse, weight = lse[..., None, None], self.weights[..., None, None]  # [B,T,1,1]
+        target = self.targets[..., None, None]
+        scale = jnp.exp(shift - lse) * (1 + 2 * self.options.z_loss * lse)
+
+        def body(d_hidden, j):
+            block = self._chunk(self.kernel, j)
+            logits, entry, exists = self._logits(block, j)
+            d = jnp.exp(logits - shift) * scale - (entry == target)
+            d = weight * d
+            if self.options.soft_cap is not None:
+                slope = 1 - jnp.square(logits / self.options.soft_cap)
+                d = jnp.where(exists, d * slope, 0)
+            d_block = jnp.einsum(
+                f"btxc,bte->{self.w}",
+                d.astype(self.dtype),
+                self.hidden,
+                preferred_element_type=jnp.float32,
+            )
+            # Summed over all tokens in float32; kept, like the layers' gradients, as computed.
+            d_block = constrain(d_block, self._axes(3, chunked=False)).astype(self.dtype)
+            d_hidden = d_hidden + jnp.einsum(
+                f"btxc,{self.w}->xbte",
+                d.astype(self.dtype),
+                block,
+                preferred_element_type=jnp.float32,
+            )
+            d_bias = None if self.bias is None else d.sum((0, 1))  # [x,C]
+            return constrain(d_hidden, groups), (d_block, d_bias)
+
+        groups = ("act_vocab", "batch", "length", None)
+        zeros = constrain(jnp.zeros((self.ways, *self.hidden.shape), jnp.float32), groups)
+        d_hidden, (d_kernel, d_bias) = self._over_chunks(body, zeros)
+        d_bias = None if d_bias is None else self._join(d_bias)
+        return d_hidden.sum(0), self._join(d_kernel), d_bias
+
+    def _join(self, chunks: Array) -> Array:
+        """[n] + the shape of a chunk -> the shape of what was cut."""
+        axis = 1 if chunks.ndim == 3 or self.options.vocab_first else 2
+        a = jnp.moveaxis(chunks, 0, axis)  # [..., x,n,C, ...]
+        before, after = a.shape[: axis - 1], a.shape[axis + 2 :]
+        a = a.reshape(*before, self.ways, self.num * self.size, *after)
+        a = jax.lax.slice_in_dim(a, 0, self.per_shard, axis=axis)
+        return a.reshape(*before, self.vocab, *after)
+
+
+class _Running(NamedTuple):
+    """A softmax so far, for each token and shard of the vocabulary: [B,T,x] each."""
+
+    top: Array
+    """The largest logit."""
+    total: Array
+    """sum exp(logit - top)"""
+    picked: Array
+    """The target's logit; 0 until it is met."""
+    first_top: Array
+    """The first entry whose logit is `top`."""
+
+    @classmethod
+    def start(cls, shape: tuple[int, ...], vocab: int) -> _Running:
+        zeros = jnp.zeros(shape, jnp.float32)
+        return cls(zeros + NO_LOGIT, zeros, zeros, jnp.full(shape, vocab, jnp.int32))
+
+    def combine(self) -> tuple[Array, Array, Array]:
+        """(lse, picked, first_top) over the shards, [B,T] each."""
+        top = jnp.max(self.top, axis=-1)
+        total = jnp.sum(self.total * jnp.exp(self.top - top[..., None]), axis=-1)
+        is_top = self.top == top[..., None]
+        first = jnp.min(jnp.where(is_top, self.first_top, jnp.iinfo(jnp.int32).max), axis=-1)
+        return jnp.log(total) + top, jnp.sum(self.picked, axis=-1), first
+
+
+def _add_chunk(carry: _Running, logits: Array, entry: Array, target: Array) -> _Running:
+    """The softmax so far with the logits [B,T,x,C] of entries [x,C] added.
 
     Comparisons instead of gathers and argmax, so that the vocabulary may be split over devices.
     """
-    index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    is_target = index == target[..., None]
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    lse = jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True)) + top
-    picked = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
-    first_top = jnp.min(jnp.where(logits == top, index, logits.shape[-1]), axis=-1)
-    loss = lse[..., 0] - picked + z_loss * jnp.square(lse[..., 0])
-    return loss, first_top == target, lse, is_target
-
-
-def _logit_gradients(logits, lse, is_target, weight, options: _Options) -> Array:
-    """d loss_sum / d (logits before the soft-cap) [B,C,V]."""
-    probs = jnp.exp(logits - lse)
-    grads = weight[..., None] * (probs * (1 + 2 * options.z_loss * lse) - is_target)
-    if options.soft_cap is not None:
-        grads = grads * (1 - jnp.square(logits / options.soft_cap))
-    return grads
-
-
-def _scan(hidden, kernel, bias, targets, weights, options: _Options, *, with_grads: bool):
-    """((loss, correct, z) sums, (d_hidden, d_kernel, d_bias) or None), chunk after chunk."""
-    (batch, length, width), dtype = hidden.shape, hidden.dtype
-    vocab = kernel.shape[0 if options.vocab_first else 1]
-    n = options.num_chunks
-    w_axes = ("vocab", None) if options.vocab_first else (None, "vocab")
-    w = "ve" if options.vocab_first else "ev"
-    # Whole over the model width on every device, gathered once rather than once a chunk.
-    matrix = constrain(kernel.astype(dtype), w_axes)
-    # One accumulator for each group of devices that share no tokens: summed once, at the end.
-    x = _ways("batch", batch)
-    y = _ways("length", length // n)
-    groups = lambda a: a.reshape(x, batch // x, y, length // n // y, a.shape[-1])
-
-    def interleave(a):  # [B,T,...] -> [n,B,T/n,...]
-        a = a.reshape(batch, length // n, n, *a.shape[2:])
-        return jnp.moveaxis(a, 2, 0)
-
-    def body(carry, chunk):
-        h, target, weight = chunk  # [B,C,E] [B,C] [B,C]
-        raw = jnp.einsum(f"bce,{w}->bcv", h, matrix, preferred_element_type=jnp.float32)
-        raw = constrain(raw, ("batch", "length", "act_vocab"))  # [B,C,V]
-        logits = raw if bias is None else raw + bias.astype(jnp.float32)
-        if options.soft_cap is not None:
-            logits = options.soft_cap * jnp.tanh(logits / options.soft_cap)
-        loss, correct, lse, is_target = _measure(logits, target, options.z_loss)
-        parts = (loss, correct, jnp.square(lse[..., 0]))
-        sums = tuple(total + jnp.sum(weight * part) for total, part in zip(carry[0], parts))
-        if not with_grads:
-            return (sums, None), None
-        d_logits = _logit_gradients(logits, lse, is_target, weight, options)
-        d = d_logits.astype(dtype)
-        d_h = jnp.einsum(f"bcv,{w}->bce", d, matrix)
-        d_kernel = jnp.einsum(
-            f"xbycv,xbyce->xy{w}",
-            groups(d),
-            groups(h),
-            preferred_element_type=jnp.float32,
-        )
-        d_kernel = constrain(carry[1][0] + d_kernel, ("batch", "length", *w_axes))
-        d_bias = None if bias is None else carry[1][1] + groups(d_logits).sum((1, 3))
-        return (sums, (d_kernel, d_bias)), d_h
-
-    zero = jnp.zeros((), jnp.float32)
-    grads = None
-    if with_grads:
-        d_kernel = jnp.zeros((x, y, *kernel.shape), jnp.float32)
-        d_bias = None if bias is None else jnp.zeros((x, y, vocab), jnp.float32)
-        grads = (constrain(d_kernel, ("batch", "length", *w_axes)), d_bias)
-    xs = (interleave(hidden), interleave(targets), interleave(weights))
-    (sums, grads), d_hidden = jax.lax.scan(body, ((zero, zero, zero), grads), xs)
-    if d_hidden is None:
-        return sums, None
-    d_hidden = jnp.moveaxis(d_hidden, 0, 2).reshape(batch, length, width)
-    d_kernel, d_bias = jax.tree.map(lambda a: a.sum((0, 1)), grads)
-    return sums, (d_hidden, d_kernel, d_bias)
+    chunk_top = jnp.max(logits, axis=-1)
+    top = jnp.maximum(carry.top, chunk_top)
+    total = carry.total * jnp.exp(carry.top - top)
+    total += jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
+    is_target = entry == target[..., None]
+    picked = carry.picked + jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    is_top = logits == chunk_top[..., None]
+    # In float32, like the other sums, so that the compiler takes all in one pass over the logits.
+    first = jnp.min(jnp.where(is_top, entry.astype(jnp.float32), MOST_ENTRIES), axis=-1)
+    first = first.astype(entry.dtype)
+    return _Running(top, total, picked, jnp.where(chunk_top > carry.top, first, carry.first_top))
 
 
 Batch = Mapping[str, Array]

@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 
-from jaxheads.models import ModelConfig
+from jaxheads.attention import VARIANTS
+from jaxheads.models import ARCHITECTURES, ModelConfig
+from jaxheads.models.configs import LayerSpec
 
 # Dense bfloat16 FLOP/s of one device as JAX counts devices, from the vendors' data sheets. The
 # first entry contained in the device kind counts. A v4 or v5p device is a chip (two cores);
@@ -40,18 +42,33 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     output projection is separate, the token table that is only looked up. Each of ``q k^T`` and
     ``p v`` costs 2 H D per visible key forward, and twice that backward. Causality and sliding
     windows are counted (s = (T+1)/2 for full attention), recomputation is not: FLOPs the model
-    needs, not FLOPs the machine spends.
+    needs, not FLOPs the machine spends. A sparse variant's own cost says how many keys it sees;
+    what an architecture does besides (`Architecture.work`) counts three times its forward FLOPs.
     """
     table = cfg.vocab_size * cfg.embed_dim
     params = cfg.num_params - (0 if cfg.tie_embeddings else table)
     if cfg.positions == "learned":
         params -= (cfg.max_positions + cfg.position_offset) * cfg.model_dim
+    own = ARCHITECTURES[cfg.mixer.name].work
+    if own is not None:
+        visible, flops = own(cfg, seq_len)
+        heads = 12.0 * cfg.num_heads * cfg.head_dim * visible
+        return 6.0 * params + cfg.num_layers * (heads + 3.0 * flops)
     visible = 0.0
+    by_kind = {spec: _visible_keys(cfg, spec, seq_len) for spec in set(cfg.pattern)}
     for layer in range(cfg.num_layers):
-        window = cfg.pattern[layer % len(cfg.pattern)].window or seq_len
-        w = min(window, seq_len)
-        visible += w - w * (w - 1) / (2 * seq_len)
+        visible += by_kind[cfg.pattern[layer % len(cfg.pattern)]]
     return 6.0 * params + 12.0 * cfg.num_heads * cfg.head_dim * visible
+
+
+def _visible_keys(cfg: ModelConfig, spec: LayerSpec, seq_len: int) -> float:
+    """The mean number of keys that a query of a layer sees, over its heads."""
+    w = min(spec.window or seq_len, seq_len)
+    mean = w - w * (w - 1) / (2 * seq_len)
+    cost = lambda name, options: VARIANTS[name].cost(cfg, seq_len, seq_len, options=options).flops
+    sparse, dense = cost(spec.attention, spec.options), cost("dense", None)
+    per_key = 4.0 * cfg.num_heads * cfg.head_dim * seq_len
+    return min(mean, sparse / per_key) if sparse < dense else mean
 
 
 def peak_flops(device: Any = None) -> float | None:

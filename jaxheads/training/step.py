@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxheads import parallel
 from jaxheads.models import Decoder
 from jaxheads.models import forward as model_forward
-from jaxheads.parallel import constrain
+from jaxheads.parallel import compiler_options, constrain
 from jaxheads.taps import as_tapped
 from jaxheads.training.configs import TrainConfig
 from jaxheads.training.loss import LossSums, check_entries, loss_sums, mean_metrics, nonzero
@@ -276,7 +276,8 @@ def make_train_step(
             metrics = keep(metrics, NamedSharding(mesh, P()))
         return new, metrics
 
-    return MeshFunction(jax.jit(step, donate_argnums=0), mesh, as_tapped(forward), cfg.grad_accum)
+    jitted = jax.jit(step, donate_argnums=0, compiler_options=compiler_options(mesh))
+    return MeshFunction(jitted, mesh, as_tapped(forward), cfg.grad_accum)
 
 
 def make_eval_step(
@@ -287,4 +288,5 @@ def make_eval_step(
     def evaluate(model, batch, forward) -> LossSums:
         return loss_sums(forward, model, batch, cfg)[0]
 
-    return MeshFunction(jax.jit(evaluate), mesh, as_tapped(forward))
+    jitted = jax.jit(evaluate, compiler_options=compiler_options(mesh))
+    return MeshFunction(jitted, mesh, as_tapped(forward))

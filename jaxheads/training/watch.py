@@ -63,6 +63,8 @@ class Window:
         Raises:
           NonFiniteLossError: the rows of the step's batch are saved first.
         """
+        if self._waiting and self._waiting[0][0] == self._first:
+            in_flight = 0  # the clock starts when it is done, and no other step runs
         while len(self._waiting) > in_flight:
             step, metrics, rows = self._waiting.popleft()
             numbers = {name: float(v) for name, v in jax.device_get(dict(metrics)).items()}
@@ -102,15 +104,18 @@ class Window:
         line = {n: sum(r[n] for r in self._read) / len(self._read) for n in names}
         line["lr"] = self._read[-1]["lr"]
         if self._timed:
+            seconds = self._seconds()
             speed = throughput(
                 self._model,
                 tokens=self._data.batch_size * self._data.seq_len * self._timed,
                 seq_len=self._data.seq_len,
-                seconds=self._seconds(),
+                seconds=seconds,
                 devices=self._feed.devices,
             )
             line |= {n: v for n, v in speed.items() if v is not None}
-            line["input_wait_seconds"] = (self._feed.wait_seconds - self._waited) / self._timed
+            waited = self._feed.wait_seconds - self._waited
+            line["input_wait_seconds"] = waited / self._timed  # per step
+            line["input_wait_share"] = waited / seconds
         self.last = line
         self._writer.write(self._step, line)
         self._writer.progress(self._step, line)

@@ -2,11 +2,15 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxheads.models import Output, forward
 from jaxheads.parallel import make_mesh
@@ -142,7 +146,7 @@ def test_targets_outside_the_vocabulary():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_chunks": 3}, "loss_chunks=3 does not divide the sequence length 8"),
+        ({"num_chunks": 14}, "loss_chunks=14 must lie between 1 and the 13"),
         ({"targets": np.zeros((B, T + 1), int)}, "do not fit"),
         ({"kernel": np.zeros((E + 1, V))}, "kernel"),
         ({"weights": np.ones(T)}, "weights"),
@@ -161,13 +165,35 @@ def test_shapes_that_do_not_fit(change, message):
 
 
 def test_number_of_chunks_follows_size_and_mesh(monkeypatch):
-    assert loss_module.choose_num_chunks(2, 64, 100) == 2  # never the whole batch
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 2 * 8 * 100)
-    assert loss_module.choose_num_chunks(2, 64, 100) == 8  # 8 positions a chunk
+    assert loss_module.choose_num_chunks(2, 64, 1000, 8) == 1
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 2 * 64 * 100)
+    assert loss_module.choose_num_chunks(2, 64, 1000, 8) == 3  # 400 entries a chunk
+    with jax.set_mesh(make_mesh("model:2")):
+        assert loss_module.choose_num_chunks(2, 64, 1000, 8) == 5  # 100 of 500 on each device
     with jax.set_mesh(make_mesh("data:2,context:2,model:2")):
-        assert loss_module.choose_num_chunks(2, 64, 100) == 2  # an eighth on each device
+        assert loss_module.choose_num_chunks(2, 64, 1000, 8) == 2  # 400 of 500 on each device
+        assert loss_module.choose_num_chunks(2, 64, 1001, 8) == 3  # whole on each device
     monkeypatch.setattr(loss_module, "CHUNK_BYTES", 1)
-    assert loss_module.choose_num_chunks(2, 64, 100) == 64
+    assert loss_module.choose_num_chunks(2, 64, 1000, 100) == 5  # twice the width
+
+
+def test_no_array_of_all_logits_and_no_gathered_kernel():
+    """Chunks of one shape only, and the kernel's gradient lands in its shards."""
+    batch, length, width, vocab = 8, 16, 32, 1000
+    mesh = make_mesh("fsdp:4,model:2")
+    place = lambda spec: NamedSharding(mesh, P(*spec))
+    hidden = jax.device_put(jnp.ones((batch, length, width)), place(["fsdp"]))
+    kernel = jax.device_put(jnp.ones((width, vocab)), place(["fsdp", "model"]))
+    targets = jax.device_put(jnp.ones((batch, length), jnp.int32), place(["fsdp"]))
+    loss = lambda h, k: chunked_cross_entropy(h, k, targets, num_chunks=5).loss_sum
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, kernel).compile()
+    sizes = {
+        math.prod(map(int, s.split(","))) for s in re.findall(r"\[([\d,]+)\]", compiled.as_text())
+    }
+    assert batch * length // 4 * 100 in sizes  # logits of a chunk: 100 of a shard's 500 entries
+    assert batch * length // 4 * 500 not in sizes
+    assert width * 500 not in sizes
 
 
 def batch_of(name, seed=3):

@@ -13,7 +13,7 @@ from jaxheads.parallel import make_mesh
 from jaxheads.training import TrainConfig, init_state, make_optimizer, make_train_step
 from tests.training.cases import TINY, random_batch, random_model
 
-MESHES = ["data:8", "fsdp:8", "model:4", "data:2,fsdp:2,model:2", "context:4"]
+MESHES = ["data:8", "fsdp:8", "model:4", "data:2,fsdp:2,model:2", "fsdp:2,context:4"]
 MODELS = {
     "tied-rope-gqa": TINY,
     "untied-learned-bias": dataclasses.replace(
@@ -66,7 +66,8 @@ def test_twenty_losses_agree_with_one_device(name, spec):
 
     # Parameters and both moments occupy one shard, not a copy, per device.
     sizes = dict(part.split(":") for part in spec.split(","))
-    fsdp, model = int(sizes.get("fsdp", 1)), int(sizes.get("model", 1))
+    model = int(sizes.get("model", 1))
+    fsdp = int(sizes.get("fsdp", 1)) * int(sizes.get("context", 1))
     moments = state.opt_state[1][0]
     for owner in (state.model, moments.mu, moments.nu):
         w = owner.layers.mlp.w_in[...]  # [L,M,F]
@@ -88,6 +89,7 @@ def test_state_is_born_in_its_shards_and_equals_one_device():
         assert tree.layers.mlp.w_in[...].addressable_shards[0].data.shape == (2, 8, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
 def test_state_unlike_the_parameters_finds_a_place(optimizer):
     """Factored moments have the axis names of their parameter but not its shape."""

@@ -36,7 +36,7 @@ def sgd_gradients(cfg: TrainConfig, batch, fwd=forward, mesh=None):
     return jax.tree.map(lambda a, b: a - np.asarray(b), before, new.model), metrics
 
 
-@pytest.mark.parametrize("mesh", [None, "data:2"])
+@pytest.mark.parametrize("mesh", [None, pytest.param("data:2", marks=pytest.mark.slow)])
 def test_accumulated_gradients_are_those_of_the_whole_batch(mesh):
     mesh = mesh and make_mesh(mesh)
     batch = random_batch(TINY)
@@ -98,7 +98,7 @@ def sizes_with(text: str, vocab: int) -> list[int]:
     return [int(np.prod(s)) for s in shapes if vocab in s]
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_logits_of_the_whole_batch_never_exist(tied):
     """In no dtype and no arrangement ([B,T,V], [B*T,V], transposed), forward or backward."""
     cfg = dataclasses.replace(TINY, vocab_size=97, tie_embeddings=tied)
@@ -109,34 +109,15 @@ def test_logits_of_the_whole_batch_never_exist(tied):
     optimizer = make_optimizer(train)
     state = init_state(random_model(cfg), optimizer)
     text = make_train_step(train, optimizer).lower(state, batch).compile().as_text()
-    assert whole // 4 in sizes_with(text, 97)  # a chunk's logits, so the search finds them
-    assert max(sizes_with(text, 97)) < whole
     evaluate = make_eval_step(train).lower(state.model, batch).compile().as_text()
-    assert max(sizes_with(evaluate, 97)) < whole
+    for program in (text, evaluate):
+        assert rows * length * 25 in sizes_with(program, 25)  # a chunk's logits: found at all
+        assert max(sizes_with(program, 97), default=0) < whole
+        assert max(sizes_with(program, 100), default=0) < whole  # nor of the padded vocabulary
 
     whole_logits = lambda m, t, **kw: Output(forward(m, t, **kw).logits)
     step = make_train_step(train, optimizer, forward=whole_logits)
     assert max(sizes_with(step.lower(state, batch).compile().as_text(), 97)) == whole
-
-
-def test_vocabulary_gradient_is_reduced_over_devices_once_not_per_chunk():
-    cfg = dataclasses.replace(TINY, vocab_size=96)
-    train = TrainConfig(loss_chunks=4)
-    optimizer = make_optimizer(train)
-    mesh = make_mesh("data:2,fsdp:2,context:2")
-    state = init_state(random_model(cfg), optimizer, mesh)
-    text = make_train_step(train, optimizer, mesh).lower(state, random_batch(cfg)).compile()
-    loops = [
-        block
-        for block in re.split(r"\n\n", text.as_text())
-        if re.search(r"f32\[[\d,]*96[\d,]*\]\S* dot\(", block)
-    ]
-    assert loops, "the chunk loop was not found"
-    for block in loops:
-        for line in block.splitlines():
-            if re.search(r"= .*(all-reduce|all-gather|reduce-scatter|all-to-all)", line):
-                result = line.split("=", 1)[1].split("(", 1)[0]
-                assert not sizes_with(result, 96), line
 
 
 def remat_run(model, batch, cfg, policy):
@@ -201,7 +182,7 @@ def multiply(value, payload, ctx):
     return value * payload
 
 
-@pytest.mark.parametrize("mesh", [None, "data:2,model:2"])
+@pytest.mark.parametrize("mesh", [None, pytest.param("data:2,model:2", marks=pytest.mark.slow)])
 def test_training_under_a_wrapped_forward(mesh):
     """Gates on z: all open changes nothing, head 3 of layer 1 shut stops that head's training."""
     mesh = mesh and make_mesh(mesh)

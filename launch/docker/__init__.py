@@ -1,0 +1,1 @@
+"""The container image: a Dockerfile, and the commands that build and run it."""

@@ -1,0 +1,1 @@
+"""Manifests for TPU slices on Google Kubernetes Engine."""

@@ -1,0 +1,1 @@
+"""Cloud TPU slices: their names, the commands that make and use them, and the loop over both."""
