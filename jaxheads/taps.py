@@ -44,6 +44,16 @@ STACK_SITES: Mapping[str, str] = {
     "scores": "B H T S",
     "pattern": "B H T S",
     "lse": "B H T",
+    "attn_argmax": "B H",
+    "mem_k": "B T H D",
+    "mem_v": "B T H D",
+    "mem_q": "B T H D",
+    "mem_theta": "B T H",
+    "mem_eta": "B T H",
+    "mem_alpha": "B T H",
+    "mem_surprise": "B T H",
+    "mem_out": "B T H D",
+    "mem_norm": "B H",
     "z": "B T H D",
     "head_out": "B T H M",
     "attn_out": "B T M",
@@ -70,7 +80,16 @@ OUTER_SITES: Mapping[str, str] = {
 SITES: Mapping[str, str] = {**STACK_SITES, **OUTER_SITES}
 """Every site and its axes, in the letters of `jaxheads.typing`."""
 
-READ_ONLY = frozenset({"lse"})
+MEMORY_SITES = frozenset(site for site in STACK_SITES if site.startswith("mem_"))
+"""Sites of layers with a neural memory: what it is given, the norm of each token's gradient
+(`mem_surprise`), what it reads out, and the norm of its weights after the last token."""
+
+MIXER_SITES = MEMORY_SITES | {
+    "q", "k", "v", "q_rot", "k_rot", "scores", "pattern", "lse", "attn_argmax", "z", "head_out",
+}  # fmt: skip
+"""Sites of the part of a layer that mixes tokens: an architecture has some of them."""
+
+READ_ONLY = frozenset({"lse", "attn_argmax", "mem_surprise", "mem_norm"})
 """Sites that report a by-product which nothing downstream reads, so an edit could do nothing."""
 
 _ALIASES: Mapping[str, str] = {
@@ -132,6 +151,8 @@ class TapContext(NamedTuple):
     """[T] or [B,T] position of each query token."""
     segment_ids: Array | None = None
     """[B,T]; 0 marks padding. None when the batch has a single unpadded segment."""
+    slots: Array | None = None
+    """[T] the cache slot of each query token. None without a cache: token t is column t."""
 
 
 EditFn = Callable[[Array, PyTree, TapContext], Array]
@@ -171,16 +192,41 @@ class Edit:
             object.__setattr__(self, "layer", layer)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Reduction:
+    """A summary of a site's value, as data: ``fn(value)``, or ``fn(value, payload)`` with one.
+
+    Args:
+      fn: a module-level function, or another hashable callable.
+      payload: arrays, the same for every layer.
+      by_row: for ``pattern`` [B,H,T,S]: the result of a query depends on its row alone, and leads
+        with [B,H,T]. Then the rows may come in blocks, and no [T,S] map is ever formed
+        (`jaxheads.reductions` has the usual ones).
+    """
+
+    fn: Callable[..., PyTree] = field(metadata={"static": True})
+    payload: PyTree = None
+    by_row: bool = field(default=False, metadata={"static": True})
+
+    def __call__(self, value: Array) -> PyTree:
+        return self.fn(value) if self.payload is None else self.fn(value, self.payload)
+
+
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Record:
     """A request to keep a site's value, or ``reduce(value)`` computed inside the layer."""
 
-    name: str
+    name: str = field(metadata={"static": True})
     """The name asked for: the key in `Output.seen`; may be an alias."""
-    reduce: Callable[[Array], PyTree] | None = None
+    reduce: Any = None
+    """A `Reduction`, or a function of the value (which becomes one)."""
 
     def __post_init__(self):
         resolve_site(self.name)
+        if callable(self.reduce) and not isinstance(self.reduce, Reduction):
+            object.__setattr__(self, "reduce", Reduction(self.reduce))
 
     @property
     def site(self) -> str:
@@ -199,7 +245,7 @@ class Taps:
     """The ``taps=`` argument of every forward: edits in the order they apply, then records."""
 
     edits: tuple[Edit, ...] = ()
-    record: tuple[Record, ...] = field(default=(), metadata={"static": True})
+    record: tuple[Record, ...] = ()
 
     def __post_init__(self):
         for name in ("edits", "record"):
@@ -283,6 +329,19 @@ class Tap:
         """Whether anybody edits or records `site`: costly sites are formed only then."""
         return any(r.site == site for r in (*self._taps.edits, *self._taps.record))
 
+    def needs_whole(self, site: str) -> bool:
+        """Whether an edit, or a record that is not a `Reduction` by row, needs the whole value."""
+        reductions = [r.reduce for r in self._taps.record if r.site == site]
+        by_row = all(isinstance(r, Reduction) and r.by_row for r in reductions)
+        return not by_row or any(e.site == site for e in self._taps.edits)
+
+    def by_row(self, site: str, compute: Callable[[Reduction], PyTree]) -> None:
+        """Records of `site` from ``compute(reduction)``, where its value is never formed."""
+        self._reached.add(site)
+        for item in self._taps.record:
+            if item.site == site:
+                self.seen[item.name] = compute(item.reduce)
+
     def __call__(self, site: str, value: Array) -> Array:
         """`value` after the edits meant for `site`; recorded if asked; named for remat policies."""
         self._reached.add(site)
@@ -294,6 +353,22 @@ class Tap:
             if item.site == site:
                 self.seen[item.name] = value if item.reduce is None else item.reduce(value)
         return value
+
+    def inside(self, ctx: TapContext) -> Tap:
+        """A tap for the body of a loop over parts of the tokens: its edits, and whole records.
+
+        Return what it saw (`seen`, by site) from the body and hand it to `collect`.
+        """
+        sites = dict.fromkeys(r.site for r in self._taps.record)
+        return Tap(Taps(self._taps.edits, tuple(Record(site) for site in sites)), ctx)
+
+    def collect(self, reached: Iterable[str], seen: Mapping[str, Array]) -> None:
+        """Records of sites reached in a loop's body, from their values put together."""
+        self._reached |= set(reached)
+        for item in self._taps.record:
+            if item.site in seen:
+                value = seen[item.site]
+                self.seen[item.name] = value if item.reduce is None else item.reduce(value)
 
     def finish(self, where: str) -> dict[str, PyTree]:
         """The recorded values; raises when a requested site was never reached in this body."""
@@ -375,7 +450,8 @@ def record(
       *sites: names or aliases. A site in the stack comes with a leading [L]; an alias that names a
         layer (``"blocks.3.hook_resid_post"``) comes without it.
       reduce: applied inside the layer, so that ``[B,H,T,S]`` maps need never be stacked; one
-        function for all sites or a mapping from site to function.
+        function or `Reduction` for all sites, or a mapping from site to those. Those of
+        `jaxheads.reductions` for ``pattern`` need no [T,S] map even inside the layer.
     """
     if not sites:
         raise ValueError("record needs at least one site, for example record(forward, 'z').")

@@ -117,13 +117,16 @@ def main() -> int:
     from jaxheads import models
     from jaxheads.data import load_tasks
     from jaxheads.evaluation import evaluate_tasks, evaluate_text
+    from jaxheads.parallel.multihost import is_main_process
 
     given = absl_flags.FLAGS
     if given.limit is not None and given.limit < 1:
         raise ValueError(f"--limit={given.limit} must be at least 1.")
     settings = flags.parse_settings(given.set, ("data",))["data"]
     tasks = load_tasks(given.tasks)[: given.limit] if given.tasks else None
-    model, tokenizer, mesh = loading.load(given.model, given.tokenizer, given.mesh, given.dtype)
+    model, tokenizer, mesh = loading.load(
+        given.model, given.tokenizer, given.mesh, given.dtype, given.dcn_mesh
+    )
     edited, heads = loading.edited_forward(
         model, given.heads, edit=given.edit, top_heads=given.top_heads, factor=given.factor
     )
@@ -152,11 +155,11 @@ def main() -> int:
     details = {name: parts["tasks"].pop("per_example") for name, parts in results.items()
                if tasks is not None}  # fmt: skip
 
-    if jax.process_index() == 0:
+    if is_main_process():
         print(table(results), flush=True)
         asked = {name: given[name].value for name in
                  ("model", "data", "tasks", "heads", "edit", "top_heads", "factor", "mesh",
-                  "batch_size", "seq_len", "limit", "dtype", "set")}  # fmt: skip
+                  "dcn_mesh", "batch_size", "seq_len", "limit", "dtype", "set")}  # fmt: skip
         flags.write_json(
             workdir / "results.json",
             {**flags.provenance(), "flags": asked, "edited_heads": heads, "results": results},

@@ -286,7 +286,7 @@ def _json_text(line: bytes, where: str, field: str) -> str:
         row = json.loads(line)
     except UnicodeDecodeError as error:
         raise _UndecodableError(f"{where} is not UTF-8 ({error}); convert the file") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{where} is not valid JSON ({error}); each line must hold one object such as "
             f'{{"{field}": "..."}}'

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxheads.fields import shorten
+
 BYTES = "bytes"
 _BYTE_VOCAB_SIZE = 384
 _BYTE_SPECIALS = {"pad": 256, "bos": 257, "eos": 258}
@@ -217,7 +219,7 @@ def _read_backend(file: Path) -> Any:
     try:
         text = file.read_text(encoding="utf-8")
         json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"tokenizer {file} is not valid JSON ({error}); the file is damaged or incomplete: "
             "copy it again"
@@ -226,8 +228,8 @@ def _read_backend(file: Path) -> Any:
         return tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the Rust side raises plain Exception
         raise ValueError(
-            f"tokenizer {file} is JSON, but not in the format of the tokenizers library ({error}); "
-            "give the tokenizer.json, not another file of the model"
+            f"tokenizer {file} is JSON, but not in the format of the tokenizers library "
+            f"({shorten(error)}); give the tokenizer.json, not another file of the model"
         ) from error
 
 
@@ -256,7 +258,7 @@ def _read_config(file: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{file} beside the tokenizer is not valid JSON ({error}); repair or remove it"
         ) from error

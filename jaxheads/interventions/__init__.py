@@ -1,7 +1,42 @@
 """Wrappers: each takes a forward and arrays, and returns a forward of the same signature."""
 
-from jaxheads.interventions.ablate import ablate, mean_z
+from jaxheads.interventions.ablate import ablate, mean_activation, mean_z
+from jaxheads.interventions.affine import AffineEdit, steer
+from jaxheads.interventions.attention_rows import (
+    PatternOverride,
+    ScoreBias,
+    bias_scores,
+    knock_out,
+    override_pattern,
+    override_rows,
+)
+from jaxheads.interventions.mask_heads import mask_heads, random_heads
+from jaxheads.interventions.patch import patch
 from jaxheads.interventions.per_head import base_forward
+from jaxheads.interventions.prune import fold_pruned, prune_heads
 from jaxheads.interventions.scale import scale_heads
+from jaxheads.interventions.subspaces import keep_subspace, orthonormal_basis, project_out
 
-__all__ = ["ablate", "base_forward", "mean_z", "scale_heads"]
+__all__ = [
+    "AffineEdit",
+    "PatternOverride",
+    "ScoreBias",
+    "ablate",
+    "base_forward",
+    "bias_scores",
+    "fold_pruned",
+    "keep_subspace",
+    "knock_out",
+    "mask_heads",
+    "mean_activation",
+    "mean_z",
+    "orthonormal_basis",
+    "override_pattern",
+    "override_rows",
+    "patch",
+    "project_out",
+    "prune_heads",
+    "random_heads",
+    "scale_heads",
+    "steer",
+]

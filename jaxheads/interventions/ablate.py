@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
 from jaxheads import heads as head_sets
-from jaxheads.interventions.per_head import intervene_per_head
+from jaxheads.interventions.patch import align_values, check_values, donor_values
+from jaxheads.interventions.per_head import head_axis, intervene_per_head
+from jaxheads.interventions.places import Place, PositionsLike, mix, over_layers, position_axis
 from jaxheads.models import ModelConfig
-from jaxheads.taps import Edit, TapContext, TappedForward, record
+from jaxheads.taps import SITES, Edit, Reduction, TapContext, TappedForward, record, resolve_site
 from jaxheads.typing import Array, ArrayLike, PyTree
 
 
@@ -23,116 +23,249 @@ def ablate(
     heads: head_sets.Heads,
     *,
     mode: str = "zero",
+    site: str = "z",
     means: ArrayLike | None = None,
+    donor: Any = None,
     key: Array | None = None,
+    positions: PositionsLike = None,
 ) -> TappedForward:
-    """A forward in which the output z of the given heads is replaced.
+    """A forward in which what the given heads hold at `site` is replaced.
 
-        z[:, :, h] <- (1 - mask[l, h]) * z[:, :, h] + mask[l, h] * replacement
+        value[:, t, h] <- (1 - mask[l, h]) value[:, t, h] + mask[l, h] replacement
 
-    The replacement is 0 (``zero``), ``means[l, h]`` (``mean``), or the z of the same head and
-    position in another row of the batch (``resample``: rows are rolled by a random offset, the
-    same for all heads and layers, so no row meets itself).
+    ==============  ============================================================================
+    ``mode``        replacement
+    ==============  ============================================================================
+    zero            0
+    mean            ``means[l, h]``, or ``means[l, t, h]``: averages over reference text
+    position_mean   the head's average over the tokens of the same text (padding left out)
+    head_mean       the average over the heads of the layer at the same token
+    resample        with `key`, the same head and token in another row of the batch (rows roll by
+                    one random offset, the same for all heads and layers, so none meets itself);
+                    with `donor`, in the same row of a recorded run on other text; with both, in a
+                    random row of that run
+    ==============  ============================================================================
 
     Args:
       forward: a forward, wrapped or not.
       heads: an array [L,H], bool or numbers from 0 (keep) to 1 (replace), or a list such as
         ``[(9, 6)]`` or ``["9.6"]``. Arrays of one model and lists of one length share a compiled
-        program.
-      mode: ``"zero"``, ``"mean"`` or ``"resample"``.
-      means: [L,H,D] for ``mean``; `mean_z` computes them on reference text.
-      key: a typed random key for ``resample``.
+        program. At ``k``, ``k_rot`` and ``v`` these are key/value heads, [L,K].
+      mode: see above.
+      site: a site with heads.
+      means: [L,H,D] or [L,T,H,D] for ``mean`` (at ``pattern`` [L,H,S] or [L,H,T,S]);
+        `mean_activation` computes them.
+      donor: a recorded run, as for `patch`.
+      key: a typed random key.
+      positions: where in the text, as for `patch`; None everywhere.
 
     Raises:
       ValueError: for an unknown mode, a missing or needless argument, a head listed twice; when
-        called, for heads the model does not have.
+        called, for heads, means or a donor that do not fit the model.
+
+    References: Wang et al., 2022, arXiv:2211.00593 (mean); Zhou et al., 2024, arXiv:2410.13708
+    (head mean).
     """
-    needs = {"zero": (), "mean": ("means",), "resample": ("key",)}
-    if mode not in needs:
-        raise ValueError(f"mode={mode!r} is not one of {', '.join(needs)}.")
-    for name, value in (("means", means), ("key", key)):
-        if (value is not None) != (name in needs[mode]):
-            must = "needs" if value is None else "takes no"
-            hint = " Compute them with interventions.mean_z." if must == "needs" else ""
-            hint = " Pass key=jax.random.key(0)." if must == "needs" and name == "key" else hint
-            raise ValueError(f"mode={mode!r} {must} {name}.{hint}")
-    source = key if means is None else jnp.asarray(means)
-    if head_sets.is_mask(heads):
-        payload = Ablation(heads, source, is_mask=True)
-    else:
-        pairs = np.asarray(head_sets.parse_heads(heads), np.int32).reshape(-1, 2)  # [N,2]
-        payload = Ablation(pairs, source, is_mask=False)
-    return intervene_per_head(forward, Edit("z", _EDITS[mode], payload))
+    if mode not in _MODES:
+        raise ValueError(f"mode={mode!r} is not one of {', '.join(_MODES)}.")
+    _check_arguments(mode, means=means, donor=donor, key=key)
+    place = Place.of(site, heads, None, positions)
+    head_axis(place.site)
+    if place.site == "scores":
+        raise ValueError(
+            "ablating 'scores' would uncover masked keys; ablate 'q' (mode='zero' makes attention "
+            "uniform over the visible keys), or add to scores with bias_scores."
+        )
+    source = Source(
+        None if means is None else jnp.asarray(means),
+        None if donor is None else donor_values(donor, place.site),
+        key,
+    )
+    return intervene_per_head(forward, Edit(place.site, _MODES[mode].fn, Ablation(place, source)))
+
+
+class Source(NamedTuple):
+    """What a replacement is made of."""
+
+    means: Any = None
+    donor: Any = None
+    key: Any = None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Ablation:
-    """Which heads, and what their replacement needs: nothing, means [L,H,D], or a key."""
+    """Where, and what the replacement needs: the payload of `ablate`."""
 
-    heads: ArrayLike
-    """[L,H] mask, or [N,2] pairs (layer, head)"""
-    source: PyTree
-    is_mask: bool = field(metadata={"static": True})
+    place: Place
+    source: Source
 
-    def fit(self, site: str, cfg: ModelConfig) -> PyTree:
-        """(mask [L,H], means [L,H,D] or keys [L] or None), checked against the model."""
-        size = (cfg.num_layers, cfg.num_heads)
-        if self.is_mask:
-            head_sets.check_shape(jnp.shape(self.heads), *size, "the head mask")
-            mask = jnp.asarray(self.heads, jnp.float32)
-        else:
-            mask = _mask_of_pairs(self.heads, *size)
-        source = self.source
-        if source is not None and jnp.issubdtype(source.dtype, jax.dtypes.prng_key):
-            source = jnp.broadcast_to(source, size[:1])
-        elif source is not None and jnp.shape(source) != (*size, cfg.head_dim):
+    def fit(self, site: str, cfg: ModelConfig) -> Ablation:
+        """The same as arrays that lead with [L], checked against the model."""
+        means, donor, key = self.source
+        if means is not None:
+            means = _full_means(means, site, cfg)
+        if donor is not None:
+            check_values(jnp.shape(donor), site, cfg, "the donor")
+        if key is not None:
+            key = over_layers(key, cfg.num_layers)
+        return Ablation(self.place.fit(site, cfg), Source(means, donor, key))
+
+    def check(self, length: int, is_cached: bool) -> None:
+        """Raise for positions known to lie outside a text of this length."""
+        self.place.check(length, is_cached)
+
+
+def _full_means(means: Array, site: str, cfg: ModelConfig) -> Array:
+    """Means with all axes of the site, [L,1,...], from [L,H,D] or [L,T,H,D] and their likes."""
+    axes = SITES[site].split()
+    at = axes.index("T" if "T" in axes else "S")
+    sizes = {"H": cfg.num_heads, "K": cfg.num_kv_heads, "D": cfg.head_dim, "M": cfg.model_dim}
+    needed = [cfg.num_layers, *(sizes.get(a, a) for n, a in enumerate(axes) if n not in (0, at))]
+    full = means[:, None] if means.ndim else means
+    if full.ndim == len(axes):
+        full = jnp.expand_dims(full, at + 1)
+    fits = full.ndim == len(axes) + 1 and full.shape[0] == cfg.num_layers
+    if not fits or any(n != sizes.get(a, n) for a, n in zip(axes, full.shape[1:])):
+        raise ValueError(
+            f"means has shape {means.shape}; site {site!r} of this model needs {needed}, or one "
+            "more axis of positions after the layers (after the heads at 'pattern')."
+        )
+    return full
+
+
+def zero_heads(value: Array, payload: Ablation, ctx: TapContext) -> Array:
+    """Edit of a site with heads: those of the place become 0."""
+    return mix(value, payload.place.weights(value, ctx), jnp.zeros((), value.dtype))
+
+
+def mean_heads(value: Array, payload: Ablation, ctx: TapContext) -> Array:
+    """Edit of a site with heads: those of the place become given means."""
+    return _take_from(value, payload.source.means, payload.place, ctx, "means")
+
+
+def position_mean_heads(value: Array, payload: Ablation, ctx: TapContext) -> Array:
+    """Edit of a site with heads: those of the place become their mean over the text."""
+    if ctx.slots is not None:
+        raise ValueError(
+            "mode='position_mean' averages over the whole text, and a call with a cache has only "
+            "a piece of it; compute means first (mean_activation) and pass mode='mean'."
+        )
+    axis = position_axis(payload.place.site)
+    shape = [n if a in (0, axis) else 1 for a, n in enumerate(value.shape)]
+    weights = jnp.ones(shape, jnp.float32)
+    if ctx.segment_ids is not None:
+        weights = (ctx.segment_ids != 0).astype(jnp.float32).reshape(shape)
+    total = jnp.sum(value * weights, axis=axis, keepdims=True, dtype=jnp.float32)
+    count = jnp.sum(weights, axis=axis, keepdims=True)
+    mean = total / jnp.maximum(count, 1)
+    return mix(value, payload.place.weights(value, ctx), mean)
+
+
+def head_mean_heads(value: Array, payload: Ablation, ctx: TapContext) -> Array:
+    """Edit of a site with heads: those of the place become the mean over the heads."""
+    axis = head_axis(payload.place.site)
+    mean = jnp.mean(value, axis=axis, keepdims=True, dtype=jnp.float32)
+    return mix(value, payload.place.weights(value, ctx), mean)
+
+
+def resample_heads(value: Array, payload: Ablation, ctx: TapContext) -> Array:
+    """Edit of a site with heads: those of the place take the values of another row."""
+    place, (_, donor, key) = payload.place, payload.source
+    if donor is None:
+        if value.shape[0] < 2:
             raise ValueError(
-                f"means has shape {jnp.shape(source)}; this model needs "
-                f"{[*size, cfg.head_dim]}, layers x heads x head_dim."
+                "mode='resample' takes values of another row; the batch has one row. Pass a donor: "
+                "a recorded run on other text."
             )
-        return mask, source
+        rolled = jnp.roll(value, jax.random.randint(key, (), 1, value.shape[0]), axis=0)
+        return mix(value, place.weights(value, ctx), rolled)
+    if key is not None:
+        donor = donor[jax.random.randint(key, value.shape[:1], 0, donor.shape[0])]
+    return _take_from(value, donor, place, ctx, "the donor")
 
 
-def _mask_of_pairs(pairs: ArrayLike, num_layers: int, num_heads: int) -> Array:
-    """[N,2] pairs as a mask [L,H]. Traced pairs out of range give NaN, as bad token ids do."""
-    if not isinstance(pairs, Tracer):
-        head_sets.check_range(np.asarray(pairs).tolist(), num_layers, num_heads)
-    layer, head = jnp.asarray(pairs)[:, 0], jnp.asarray(pairs)[:, 1]
-    mask = jnp.zeros((num_layers, num_heads), jnp.float32).at[layer, head].set(1.0, mode="drop")
-    is_known = jnp.all((layer < num_layers) & (head < num_heads))
-    return jnp.where(is_known, mask, jnp.nan)
+def _take_from(value: Array, values: Array, place: Place, ctx: TapContext, what: str) -> Array:
+    values, known = align_values(values, place.site, value, ctx, what)
+    return mix(value, place.weights(value, ctx) * known, values)
 
 
-def zero_heads(z: Array, payload: PyTree, ctx: TapContext) -> Array:
-    """Edit of z [B,T,H,D]: heads of the mask [H] become 0."""
-    del ctx
-    mask, _ = payload
-    return z * (1 - mask).astype(z.dtype)[:, None]
+class _Mode(NamedTuple):
+    fn: Callable[[Array, PyTree, TapContext], Array]
+    needs: tuple[tuple[str, ...], ...]
+    """The sets of arguments that serve it."""
 
 
-def mean_heads(z: Array, payload: PyTree, ctx: TapContext) -> Array:
-    """Edit of z [B,T,H,D]: heads of the mask [H] become their means [H,D]."""
-    del ctx
-    mask, means = payload
-    return _mix(z, mask, jnp.asarray(means))
+_MODES = {
+    "zero": _Mode(zero_heads, ((),)),
+    "mean": _Mode(mean_heads, (("means",),)),
+    "resample": _Mode(resample_heads, (("key",), ("donor",), ("donor", "key"))),
+    "position_mean": _Mode(position_mean_heads, ((),)),
+    "head_mean": _Mode(head_mean_heads, ((),)),
+}
+
+_HINTS = {
+    "means": "Compute them with interventions.mean_activation.",
+    "key": "Pass key=jax.random.key(0), or donor=: a recorded run on other text.",
+}
 
 
-def resample_heads(z: Array, payload: PyTree, ctx: TapContext) -> Array:
-    """Edit of z [B,T,H,D]: heads of the mask [H] take the values of another row."""
-    del ctx
-    mask, key = payload
-    if z.shape[0] < 2:
-        raise ValueError("mode='resample' takes values of another row; the batch has one row.")
-    return _mix(z, mask, jnp.roll(z, jax.random.randint(key, (), 1, z.shape[0]), axis=0))
+def _check_arguments(mode: str, **arguments: Any) -> None:
+    given = tuple(name for name, value in arguments.items() if value is not None)
+    needs = _MODES[mode].needs
+    if given in needs:
+        return
+    for name in given:
+        if not any(name in need for need in needs):
+            raise ValueError(f"mode={mode!r} takes no {name}.")
+    missing = needs[0][0]
+    raise ValueError(f"mode={mode!r} needs {missing}. {_HINTS[missing]}")
 
 
-def _mix(z: Array, mask: Array, replacement: Array) -> Array:
-    weight = mask.astype(z.dtype)[:, None]
-    return z * (1 - weight) + replacement.astype(z.dtype) * weight
+def mean_activation(
+    forward: Callable[..., Any],
+    model: Any,
+    tokens: Array,
+    *,
+    site: str = "z",
+    segment_ids: Array | None = None,
+    per_position: bool = False,
+) -> Array:
+    """A site averaged over a batch of reference text, padding left out; float32.
+
+    Summed inside the layers: no activation is kept for more than one layer at a time.
+
+    Args:
+      forward: a forward, wrapped or not.
+      model: a model.
+      tokens: [B,T].
+      site: a site with the axes B and T (or S), such as ``z`` or ``resid_pre``.
+      segment_ids: [B,T]; 0 marks padding.
+      per_position: keep the axis of positions; average over the batch only.
+    Returns:
+      [L,H,D] for ``z``, [L,T,H,D] with `per_position`; what `ablate` takes as `means`.
+    """
+    name, _ = resolve_site(site)
+    axis = position_axis(name)
+    shape = jnp.shape(tokens)
+    weights = jnp.ones(shape) if segment_ids is None else jnp.asarray(segment_ids) != 0
+    reduce = Reduction(_Sums(axis, per_position), weights.astype(jnp.float32))
+    return record(forward, site, reduce=reduce)(model, tokens, segment_ids=segment_ids).seen[site]
 
 
-_EDITS = {"zero": zero_heads, "mean": mean_heads, "resample": resample_heads}
+@dataclass(frozen=True)
+class _Sums:
+    """A value averaged with weights [B,T] over the batch, and over positions unless told."""
+
+    axis: int
+    per_position: bool
+
+    def __call__(self, value: Array, weights: Array) -> Array:
+        shape = [n if a in (0, self.axis) else 1 for a, n in enumerate(value.shape)]
+        weights = weights.reshape(shape)
+        over = (0,) if self.per_position else (0, self.axis)
+        total = jnp.sum(value * weights, axis=over, dtype=jnp.float32)
+        return total / jnp.maximum(jnp.sum(weights, axis=over), 1)
 
 
 def mean_z(
@@ -142,13 +275,5 @@ def mean_z(
     *,
     segment_ids: Array | None = None,
 ) -> Array:
-    """[L,H,D] float32: each head's z averaged over the tokens of a batch, padding left out.
-
-    Holds z of all layers, [L,B,T,H,D]: use a batch of moderate size.
-    """
-    z = record(forward, "z")(model, tokens, segment_ids=segment_ids).seen["z"]
-    if segment_ids is None:
-        return jnp.mean(z, axis=(1, 2), dtype=jnp.float32)
-    weights = (segment_ids != 0).astype(jnp.float32)
-    total = jnp.einsum("lbthd,bt->lhd", z, weights, preferred_element_type=jnp.float32)
-    return total / jnp.maximum(jnp.sum(weights), 1)
+    """[L,H,D] float32: each head's z averaged over the tokens of a batch, padding left out."""
+    return mean_activation(forward, model, tokens, segment_ids=segment_ids)

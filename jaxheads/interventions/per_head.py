@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import jax.numpy as jnp
+
 from jaxheads.models import ModelConfig, Output
 from jaxheads.taps import NO_TAPS, SITES, Edit, TappedForward, Taps, as_tapped, resolve_site
 from jaxheads.typing import PyTree
@@ -27,6 +29,15 @@ class PerHead(Protocol):
         ...
 
 
+@runtime_checkable
+class HasPositions(Protocol):
+    """A payload that names columns of the text, which may lie outside it."""
+
+    def check(self, length: int, is_cached: bool) -> None:
+        """Raises ValueError for columns known not to be there."""
+        ...
+
+
 @dataclass(frozen=True)
 class HeadForward:
     """A forward that fits `PerHead` payloads to its model before it runs."""
@@ -35,13 +46,17 @@ class HeadForward:
 
     def __call__(self, model: Any, tokens: Any, *, taps: Taps = NO_TAPS, **kwargs: Any) -> Output:
         """`forward` with fitted taps."""
-        edits = tuple(
-            dataclasses.replace(e, payload=e.payload.fit(e.site, model.cfg))
-            if isinstance(e.payload, PerHead)
-            else e
-            for e in taps.edits
-        )
-        return self.forward(model, tokens, taps=Taps(edits, taps.record), **kwargs)
+        edits = []
+        for edit in taps.edits:
+            if isinstance(edit.payload, HasPositions):
+                text = kwargs.get("embeddings")
+                length = jnp.shape(tokens if text is None else text)[1]
+                edit.payload.check(length, kwargs.get("cache") is not None)
+            if isinstance(edit.payload, PerHead):
+                fitted = edit.payload.fit(edit.site, model.cfg)
+                edit = dataclasses.replace(edit, payload=fitted)
+            edits.append(edit)
+        return self.forward(model, tokens, taps=Taps(tuple(edits), taps.record), **kwargs)
 
 
 def intervene_per_head(forward: Callable[..., Any], edit: Edit) -> TappedForward:

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxheads.heads import HeadScores
 from jaxheads.typing import ArrayLike
 
 _SHADES = " ░▒▓█"
+_MOST_PRINTED = 1024  # numbers in a picture; 32 layers x 32 heads are still readable
 
 
 def _values(values: ArrayLike) -> np.ndarray:
@@ -55,17 +57,28 @@ def _shade(value: float, largest: float) -> str:
 
 
 def head_map(
-    values: ArrayLike, path: str | Path | None = None, *, title: str = "", label: str = ""
+    values: ArrayLike,
+    path: str | Path | None = None,
+    *,
+    title: str = "",
+    label: str = "",
+    marks: ArrayLike | None = None,
+    annotate: bool | None = None,
+    decimals: int = 2,
 ) -> Any:
     """A map [L,H] as a matplotlib figure, written to `path` as a PNG when given.
 
-    Negative values give a diverging scale centred at zero, others a sequential one from zero.
+    Negative values give a diverging scale symmetric about zero, others a sequential one from zero.
 
     Args:
-      values: [L,H] numbers; NaN is left blank.
+      values: [L,H] numbers, or `HeadScores`; NaN is left blank.
       path: where the PNG goes.
       title: above the map.
       label: what the numbers are, at the colour bar.
+      marks: [L,H] bool, heads that get a star; None marks those of `HeadScores` whose confidence
+        interval leaves out 0.
+      annotate: print the number in every cell; None prints up to 1,024 of them.
+      decimals: of the printed numbers.
 
     Returns:
       The `matplotlib.figure.Figure`.
@@ -74,6 +87,12 @@ def head_map(
       ImportError: without matplotlib (the extra ``viz``).
     """
     array = _values(values)
+    scores = values if isinstance(values, HeadScores) else None
+    if marks is None and scores is not None and scores.ci is not None:
+        marks = scores.significant()
+    stars = np.zeros(array.shape, bool) if marks is None else np.asarray(marks, bool)
+    if stars.shape != array.shape:
+        raise ValueError(f"marks has shape {stars.shape}; it must be {array.shape}, as the values.")
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
@@ -81,15 +100,27 @@ def head_map(
         raise ImportError("head_map needs matplotlib: pip install jaxheads[viz].") from error
 
     layers, heads = array.shape
-    figure = Figure(figsize=(2 + 0.35 * heads, 1.5 + 0.35 * layers), layout="constrained")
+    annotate = array.size <= _MOST_PRINTED if annotate is None else annotate
+    side = 0.5 if annotate else 0.35  # inches
+    figure = Figure(figsize=(2 + side * heads, 1.5 + side * layers), layout="constrained")
     axes = figure.add_subplot()
     bound = float(np.abs(array[np.isfinite(array)]).max(initial=0)) or 1.0
     colours, low = ("RdBu_r", -bound) if np.nanmin(array, initial=0) < 0 else ("viridis", 0.0)
     image = axes.imshow(array, cmap=colours, vmin=low, vmax=bound, aspect="equal")
-    axes.set(xlabel="head", ylabel="layer", title=title)
+    what = "key/value head" if scores is not None and scores.kind == "kv" else "head"
+    note = "\n* the confidence interval leaves out 0" if scores is not None and stars.any() else ""
+    axes.set(xlabel=what + note, ylabel="layer", title=title)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(image, ax=axes, label=label)
+    for layer, head in np.argwhere(~np.isnan(array)):
+        text = f"{array[layer, head]:.{decimals}f}" if annotate else ""
+        text += "*" if stars[layer, head] else ""
+        if text:
+            red, green, blue, _ = image.cmap(image.norm(array[layer, head]))
+            is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+            axes.text(head, layer, text, ha="center", va="center", fontsize=6,
+                      color="white" if is_dark else "black")  # fmt: skip
+    figure.colorbar(image, ax=axes, label=label, shrink=0.8)
     if path is not None:
         figure.savefig(path, format="png", dpi=150)
     return figure

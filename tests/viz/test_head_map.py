@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from jaxheads.heads import HeadScores
 from jaxheads.viz import head_map, head_table
 
 
@@ -41,3 +42,33 @@ def test_other_shapes_are_refused(values):
     for draw in (head_map, head_table):
         with pytest.raises(ValueError, match="head map needs"):
             draw(values)
+
+
+def texts(figure):
+    return [t.get_text() for t in figure.axes[0].texts]
+
+
+def test_map_prints_numbers_and_stars():
+    pytest.importorskip("matplotlib")
+    values = np.array([[0.5, -1.0, np.nan], [0.25, 2.0, 0.0]])
+    marks = values > 0.3
+    assert texts(head_map(values, marks=marks)) == ["0.50*", "-1.00", "0.25", "2.00*", "0.00"]
+    assert texts(head_map(values, marks=marks, annotate=False)) == ["*", "*"]
+    assert texts(head_map(values, annotate=False)) == []
+    assert texts(head_map(np.zeros((33, 32)))) == []  # too many to print
+    colours = [t.get_color() for t in head_map([[0.0, 1.0]]).axes[0].texts]
+    assert colours == ["white", "black"]  # viridis is dark at 0
+    with pytest.raises(ValueError, match=r"marks has shape \(1, 1\)"):
+        head_map(values, marks=[[True]])
+
+
+def test_map_of_scores_marks_what_is_not_zero(tmp_path):
+    pytest.importorskip("matplotlib")
+    scores = HeadScores(
+        [[0.5, -1.0]], ci=([[-0.1, -1.5]], [[1.0, -0.5]]), kind="kv", meta={"method": "m"}
+    )
+    figure = head_map(scores, tmp_path / "map.png", decimals=1)
+    assert texts(figure) == ["0.5", "-1.0*"]
+    assert figure.axes[0].get_xlabel().startswith("key/value head\n* the confidence")
+    assert figure.axes[0].images[0].get_clim() == (-1.0, 1.0)
+    assert "0.50" in head_table(scores)

@@ -1,31 +1,27 @@
-"""Sets of heads: lists such as ``[(9, 6)]`` or ``["9.6"]``, masks [L,H], scores, and heads.json.
+"""Sets of heads: lists such as ``[(9, 6)]`` or ``["9.6"]``, and masks [L,H].
 
-A finder returns scores [L,H], a wrapper takes a mask or gates [L,H]; heads.json carries either
-between programs. Heads are counted from 0 and named ``layer.head``.
+Heads are counted from 0 and named ``layer.head``.
 """
 
 from __future__ import annotations
 
-import json
 import operator
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any, TypeAlias, TypeGuard
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.typing import ArrayLike
+from jaxheads.typing import Array, ArrayLike
 
 Head: TypeAlias = tuple[int, int]
 """(layer, head)"""
 
 Heads: TypeAlias = jax.Array | np.ndarray | str | Iterable[Any]
 """An array [L,H], or a list of pairs or names."""
-
-_FIELDS = ("model", "num_layers", "num_heads", "heads", "scores", "meta")
 
 
 def parse_head(item: Any) -> Head:
@@ -57,7 +53,7 @@ def parse_heads(heads: str | Iterable[Any]) -> tuple[Head, ...]:
     """The heads of a list of pairs or names, or of comma-separated names; duplicates raise."""
     items = [part for part in heads.split(",") if part.strip()] if isinstance(heads, str) else heads
     parsed = tuple(parse_head(item) for item in items)
-    twice = sorted({head for head in parsed if parsed.count(head) > 1})
+    twice = sorted(head for head, times in Counter(parsed).items() if times > 1)
     if twice:
         raise ValueError(f"head {label(twice[0])} is listed twice.")
     return parsed
@@ -164,112 +160,58 @@ def top_k(scores: ArrayLike, k: int) -> list[Head]:
     return [divmod(int(n), scores.shape[1]) for n in order]
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeadsFile:
-    """What heads.json holds: heads or scores of a model's heads, and where they come from."""
-
-    num_layers: int
-    num_heads: int
-    heads: tuple[Head, ...] | None = None
-    scores: np.ndarray | None = None
-    """[L,H] float32: scores of a finder, or gates."""
-    model: str = ""
-    meta: Mapping[str, Any] = field(default_factory=dict)
-
-    def gates(self) -> np.ndarray:
-        """[L,H] float32: the scores, or 1 at the listed heads and 0 elsewhere."""
-        if self.scores is not None:
-            return np.asarray(self.scores, np.float32)
-        return mask(self.heads or (), self.num_layers, self.num_heads).astype(np.float32)
-
-    def check(self, num_layers: int, num_heads: int) -> None:
-        """Raise unless the file was written for a model of this size."""
-        if (self.num_layers, self.num_heads) != (num_layers, num_heads):
-            raise ValueError(
-                f"the heads are of a model with {self.num_layers} layers x {self.num_heads} heads"
-                f"{f' ({self.model})' if self.model else ''}; this model has {num_layers} x "
-                f"{num_heads}."
-            )
-
-
-def to_json(
-    path: str | Path,
-    *,
+def random_heads(
     num_layers: int,
     num_heads: int,
-    heads: Heads | None = None,
-    scores: ArrayLike | None = None,
-    model: str = "",
-    meta: Mapping[str, Any] | None = None,
-) -> None:
-    """Write heads.json with either `heads` (a list or a mask) or `scores` [L,H]."""
-    if (heads is None) == (scores is None):
-        raise ValueError("to_json takes either heads or scores, exactly one of them.")
-    row: dict[str, Any] = {"model": model, "num_layers": num_layers, "num_heads": num_heads}
-    if heads is not None:
-        if is_mask(heads):
-            chosen = from_mask(mask(heads, num_layers, num_heads))
-        else:
-            chosen = parse_heads(heads)
-            check_range(chosen, num_layers, num_heads)
-        row["heads"] = [list(head) for head in chosen]
-    else:
-        values = np.asarray(scores, np.float64)
-        check_shape(values.shape, num_layers, num_heads, "scores")
-        if not np.isfinite(values).all():
-            raise ValueError("scores holds NaN or infinity, which JSON cannot carry.")
-        row["scores"] = [[float(x) for x in line] for line in np.asarray(scores, np.float32)]
-    row["meta"] = dict(meta or {})
-    Path(path).write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+    k: int | None,
+    seed: int | Array,
+    *,
+    exclude: Heads = (),
+    match: Heads | None = None,
+) -> list[Head]:
+    """`k` different heads drawn uniformly: the control of a choice of `k` heads.
 
-
-def from_json(path: str | Path) -> HeadsFile:
-    """Read heads.json.
+    Args:
+      num_layers: L.
+      num_heads: H.
+      k: how many; None takes the number of heads in `match`.
+      seed: an integer or a typed key (`jax.random.key`); the same one gives the same heads.
+      exclude: heads that are not drawn, a list or a mask [L,H].
+      match: a list or a mask [L,H]: as many heads are drawn from each layer as it has there.
+        Effects grow with depth in most models, so a fair control keeps the layers.
 
     Raises:
-      ValueError: naming the file and what is wrong with it.
+      ValueError: when fewer than `k` heads are left to draw from.
+
+    Example:
+      >>> random_heads(2, 3, 2, seed=0, exclude=[(0, 0), (0, 1), (0, 2), (1, 1)])
+      [(1, 0), (1, 2)]
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ValueError(f"heads file {path} does not exist; heads.to_json writes one.")
-    try:
-        row = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"heads file {path} is not valid JSON ({error}).") from error
-    try:
-        return _from_row(row)
-    except ValueError as error:
-        raise ValueError(f"heads file {path}: {error}") from error
+    rng = np.random.default_rng(_entropy(seed))
+    free = ~mask(exclude, num_layers, num_heads)
+    if match is None:
+        if k is None:
+            raise ValueError("k=None needs match, the heads whose number is drawn.")
+        wanted = {None: k}
+    else:
+        chosen = from_mask(mask(match, num_layers, num_heads))
+        if k is not None and k != len(chosen):
+            raise ValueError(f"k={k} differs from the {len(chosen)} heads of match; leave one out.")
+        wanted = dict(Counter(layer for layer, _ in chosen))
+    drawn: list[Head] = []
+    for layer, count in wanted.items():
+        pool = [head for head in from_mask(free) if layer in (None, head[0])]
+        if not 0 <= count <= len(pool):
+            where = "" if layer is None else f" of layer {layer}"
+            raise ValueError(
+                f"{count} heads{where} cannot be drawn from {len(pool)}: L*H is "
+                f"{num_layers * num_heads}, of which {int((~free).sum())} are excluded."
+            )
+        drawn += [pool[n] for n in rng.choice(len(pool), count, replace=False)]
+    return sorted(drawn)
 
 
-def _from_row(row: Any) -> HeadsFile:
-    if not isinstance(row, Mapping):
-        raise ValueError(f"it holds a {type(row).__name__}; it must be an object.")
-    unknown = sorted(set(row) - set(_FIELDS))
-    if unknown:
-        raise ValueError(f"unknown field {unknown[0]!r}; fields: {', '.join(_FIELDS)}.")
-    for key in ("num_layers", "num_heads"):
-        value = row.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{key!r} is {value!r}; it must be a positive integer.")
-    size = row["num_layers"], row["num_heads"]
-    if ("heads" in row) == ("scores" in row):
-        raise ValueError("it must hold either 'heads' or 'scores', exactly one of them.")
-    model, meta = row.get("model", ""), row.get("meta", {})
-    if not isinstance(model, str) or not isinstance(meta, Mapping):
-        raise ValueError("'model' must be text and 'meta' an object.")
-    common = {"num_layers": size[0], "num_heads": size[1], "model": model, "meta": dict(meta)}
-    if "heads" in row:
-        if not isinstance(row["heads"], list):
-            raise ValueError("'heads' must be a list such as [[9, 6], [9, 9]].")
-        chosen = parse_heads(row["heads"])
-        check_range(chosen, *size)
-        return HeadsFile(heads=chosen, **common)
-    try:
-        scores = np.asarray(row["scores"], np.float32)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"'scores' must be {size[0]} rows of {size[1]} numbers.") from error
-    check_shape(scores.shape, *size, "'scores'")
-    if not np.isfinite(scores).all():
-        raise ValueError("'scores' holds values that are not finite.")
-    return HeadsFile(scores=scores, **common)
+def _entropy(seed: int | Array) -> Any:
+    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        return np.asarray(jax.random.key_data(seed)).ravel().tolist()
+    return operator.index(seed)  # type: ignore[arg-type]

@@ -51,6 +51,14 @@ def load_tasks(path: str | Path) -> list[TaskExample]:
 
     Errors name the file and the line (of JSON Lines) or the row (of a JSON list).
     """
+    examples = [_example(row, where) for where, row in read_rows(path)]
+    if not examples:
+        raise ValueError(f"task file {path} holds no examples")
+    return examples
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a task file, JSON values, each with the place that an error about it names."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"task file {path} does not exist; give a .json or .jsonl file")
@@ -64,11 +72,7 @@ def load_tasks(path: str | Path) -> list[TaskExample]:
     except UnicodeDecodeError as error:
         raise ValueError(f"task file {path} is not UTF-8 ({error}); convert it") from error
     lines = path.name.removesuffix(".gz").endswith((".jsonl", ".ndjson"))
-    rows = _json_lines(text, path) if lines else _json_rows(text, path)
-    examples = [_example(row, where) for where, row in rows]
-    if not examples:
-        raise ValueError(f"task file {path} holds no examples")
-    return examples
+    return _json_lines(text, path) if lines else _json_rows(text, path)
 
 
 def _json_lines(text: str, path: Path) -> Iterator[tuple[str, Any]]:
@@ -77,14 +81,14 @@ def _json_lines(text: str, path: Path) -> Iterator[tuple[str, Any]]:
             where = f"{path}, line {number}"
             try:
                 yield where, json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where} is not valid JSON ({error})") from error
 
 
 def _json_rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"task file {path} is not valid JSON ({error}); a file with one object per line must "
             "be named .jsonl"
