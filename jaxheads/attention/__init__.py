@@ -20,12 +20,33 @@ from jaxheads.attention.contract import (
     Variant,
 )
 from jaxheads.attention.dense import dense_attention
+from jaxheads.attention.distributed import (
+    AxisNames,
+    attention_block,
+    blockwise_attention,
+    distributed_attention,
+    finalize,
+    vanilla_attention,
+)
+from jaxheads.attention.dmha import DMHA
+from jaxheads.attention.layouts import ring_schedule, shard_sequence, unshard_sequence
 from jaxheads.attention.masks import MASK_VALUE, Mask
+from jaxheads.attention.merge import merge_partitions
 from jaxheads.attention.rope import RopeConfig, alibi_slopes, inverse_frequencies, rotate
+from jaxheads.attention.s2 import (
+    S2Cache,
+    ShardPattern,
+    s2_attention,
+    s2_context_parallel,
+    s2_decode,
+)
+from jaxheads.attention.s2_variant import S2, S2Options, dense_every
 from jaxheads.attention.softmax import SOFTMAX
 
 VARIANTS: Mapping[str, Variant] = {
     "dense": SOFTMAX,
+    "dmha": DMHA,
+    "s2": S2,
 }
 """Every way for heads to attend that a decoder can be built with. A new one is a new file and a
 row here."""
@@ -36,20 +57,37 @@ __all__ = [
     "VARIANTS",
     "AttentionContext",
     "AttentionOutput",
+    "AxisNames",
     "Cost",
     "HeadsOut",
     "Implementation",
     "Mask",
     "Request",
     "RopeConfig",
+    "S2Cache",
+    "S2Options",
+    "ShardPattern",
     "Supports",
     "Variant",
     "alibi_slopes",
     "attend",
     "attention",
+    "attention_block",
     "blocked_attention",
+    "blockwise_attention",
     "dense_attention",
+    "dense_every",
+    "distributed_attention",
+    "finalize",
     "inverse_frequencies",
+    "merge_partitions",
+    "ring_schedule",
     "rotate",
+    "s2_attention",
+    "s2_context_parallel",
+    "s2_decode",
     "select_implementation",
+    "shard_sequence",
+    "unshard_sequence",
+    "vanilla_attention",
 ]

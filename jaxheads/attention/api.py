@@ -1,7 +1,8 @@
 """One attention function, several implementations, and the rule that picks one.
 
     dense    everything in memory; every feature, taps on scores and pattern
-    blocked  online softmax in tiles, plain JAX; every feature but those taps
+    blocked  online softmax in tiles, plain JAX; every feature but those taps (summaries of the
+             pattern by row come in blocks: `summaries`)
     splash   Pallas kernel for TPU ("pallas_tpu" means the same)
     cudnn    fused kernel for NVIDIA GPUs
     xla      jax.nn.dot_product_attention as XLA compiles it
@@ -26,6 +27,7 @@ from jaxheads.attention.blocked import blocked_attention
 from jaxheads.attention.contract import AttentionContext, Request
 from jaxheads.attention.dense import dense_attention
 from jaxheads.attention.masks import Mask
+from jaxheads.attention.summaries import tap_summaries
 from jaxheads.taps import Tap
 from jaxheads.typing import Array
 
@@ -170,7 +172,7 @@ def attend(
     Returns:
       z [B,T,H,W] and lse [B,H,T] float32, or None where the kernel keeps it.
     """
-    _check_arrays(q, k, v)
+    check_arrays(q, k, v)
     _check_options(q, k, ctx)
     request = Request(
         q=q,
@@ -184,11 +186,14 @@ def attend(
         alibi_slopes=ctx.alibi_slopes,
         tap=ctx.tap,
         needs_lse=needs_lse,
-        platform=_platform(),
+        platform=platform(),
     )
     name = select_implementation(request, ctx.implementation)
     with jax.named_scope(f"attention.{name}"):
-        return IMPLEMENTATIONS[name].run(request)
+        out = IMPLEMENTATIONS[name].run(request)
+    if name != "dense":  # which has the pattern itself
+        tap_summaries(request)
+    return out
 
 
 def select_implementation(request: Request, name: str = "auto") -> str:
@@ -223,13 +228,13 @@ def select_implementation(request: Request, name: str = "auto") -> str:
 
 def _reason_not(name: str, request: Request) -> str | None:
     if name != "dense" and _wants_pattern(request.tap):
-        site = "pattern" if request.tap.wants("pattern") else "scores"
+        site = "scores" if request.tap.wants("scores") else "pattern"
         return f"it never forms {site!r}, which an edit or a record asks for"
     return IMPLEMENTATIONS[name].reason_not(request)
 
 
 def _wants_pattern(tap: Tap) -> bool:
-    return tap.wants("scores") or tap.wants("pattern")
+    return tap.wants("scores") or tap.needs_whole("pattern")
 
 
 @functools.cache
@@ -237,14 +242,15 @@ def _log_once(name: str, reason: str) -> None:
     logger.warning("attention: not using %s: %s.", name, reason)
 
 
-def _platform() -> str:
+def platform() -> str:
     """Platform of the mesh that is set (it may belong to an absent TPU), else the default one."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     platform = getattr(device, "platform", None) or jax.default_backend()
     return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
 
 
-def _check_arrays(q: Array, k: Array, v: Array) -> None:
+def check_arrays(q: Array, k: Array, v: Array) -> None:
+    """Raise unless q [B,T,H,D], k [B,S,K,D] and v [B,S,K,W] fit each other and are floating."""
     for name, x, axes in (("q", q, "[B,T,H,D]"), ("k", k, "[B,S,K,D]"), ("v", v, "[B,S,K,W]")):
         if jnp.ndim(x) != 4:
             raise ValueError(f"{name} has shape {jnp.shape(x)}; it must be {axes}.")

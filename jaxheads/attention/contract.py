@@ -38,6 +38,10 @@ class AttentionContext:
       scale: factor on q.k; None = 1/sqrt(D).
       soft_cap: scores become cap * tanh(scores / cap).
       implementation: a name of `IMPLEMENTATIONS`, or "auto".
+      options: the variant's options (`Variant.options`) in this layer.
+      state: what the layer kept of earlier calls, where the variant has a state of its own
+        (`Variant.init_state`) and a cache is in use; k and v are then of the new tokens alone.
+      slots: [T] with a state: the slots of the new tokens, counted from the first token ever fed.
     """
 
     mask: Mask
@@ -48,12 +52,15 @@ class AttentionContext:
     alibi_slopes: Array | None = None
     x: Array | None = None
     layer: Array | None = None
+    state: PyTree | None = None
+    slots: Array | None = None
     tap: Tap = dataclasses.field(default=NO_TAP, metadata=_STATIC)
     rotate: Rotate | None = dataclasses.field(default=None, metadata=_STATIC)
     k_is_rotated: bool = dataclasses.field(default=False, metadata=_STATIC)
     scale: float | None = dataclasses.field(default=None, metadata=_STATIC)
     soft_cap: float | None = dataclasses.field(default=None, metadata=_STATIC)
     implementation: str = dataclasses.field(default="auto", metadata=_STATIC)
+    options: Any = dataclasses.field(default=None, metadata=_STATIC)
 
 
 class HeadsOut(NamedTuple):
@@ -65,6 +72,8 @@ class HeadsOut(NamedTuple):
     """[B,H,T] float32: log of the softmax denominator; None where the kernel keeps it."""
     aux: dict[str, Array]
     """Scalars to add to the loss or the metrics."""
+    state: PyTree = None
+    """`AttentionContext.state` with the new tokens, where there was one."""
 
 
 class Cost(NamedTuple):
@@ -98,13 +107,22 @@ class Variant(NamedTuple):
     """A row of `VARIANTS`: one way for heads to attend."""
 
     name: str
-    init: Callable[[Array, Any], PyTree]
-    """(key, cfg) -> parameters, or None for a variant without any."""
+    init: Callable[..., PyTree]
+    """(key, cfg, options) -> parameters, or None for a variant without any."""
     apply: Callable[[PyTree, Array, Array, Array, AttentionContext], HeadsOut]
     """(params, q [B,T,H,D], k [B,S,K,D], v [B,S,K,D], ctx) -> HeadsOut; q and k unrotated."""
     cost: Callable[..., Cost]
-    """(cfg, T, S, *, is_causal, itemsize) -> Cost."""
+    """(cfg, T, S, *, is_causal, itemsize, options) -> Cost."""
     supports: Supports
+    options: type | None = None
+    """A frozen dataclass with defaults: what parentheses after the name may set, as in
+    ``model.attention="s2(block=64,stride=16)"``."""
+    init_state: Callable[..., PyTree] | None = None
+    """(cfg, batch_size, num_slots, dtype, options) -> what one layer keeps between calls, arrays
+    with the batch first; None: the decoder's cache of keys and values."""
+    state_axes: Callable[..., PyTree] | None = None
+    """options -> the logical axes of each array of the state, a tuple in its place; None: only
+    the batch is split."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

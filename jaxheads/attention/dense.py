@@ -12,7 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxheads.attention.masks import FLOOR, MASK_VALUE, Mask, Span, as_4d, penalty
+from jaxheads.attention.masks import FLOOR, MASK_VALUE, Mask, Span, as_4d, penalty, take
 from jaxheads.taps import NO_TAP, Tap
 from jaxheads.typing import Array
 
@@ -49,23 +49,59 @@ def dense_attention(
       z [B,T,H,W] in the dtype of q and lse [B,H,T] float32. A query that sees no key gets zeros,
       a zero gradient and lse = -inf (its sink where there is one).
     """
-    num_queries, num_heads = q.shape[1:3]
-    num_keys, num_kv_heads = k.shape[1:3]
-    groups = (num_kv_heads, num_heads // num_kv_heads)
+    num_queries, num_kv_heads = q.shape[1], k.shape[2]
+    pattern, lse = grouped_pattern(
+        group_rows(q, num_kv_heads),
+        k,
+        mask,
+        bias,
+        span=(0, num_queries),
+        scale=scale,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        tap=tap,
+    )
+    if tap.wants("attn_argmax"):
+        tap("attn_argmax", last_argmax(rows_by_head(pattern, num_queries)))
 
+    with jax.named_scope("attn.values"):
+        v = jnp.einsum("bskw->bksw", v)
+        z = jnp.einsum(
+            "bkxs,bksw->bkxw", pattern.astype(v.dtype), v, preferred_element_type=jnp.float32
+        )
+    return ungroup_rows(z.astype(q.dtype), num_queries), ungroup_lse(lse, num_queries)
+
+
+def grouped_pattern(
+    rows: Array,
+    k: Array,
+    mask: Mask,
+    bias: Array | None,
+    *,
+    span: Span,
+    scale: float,
+    soft_cap: float | None,
+    sinks: Array | None,
+    alibi_slopes: Array | None,
+    tap: Tap = NO_TAP,
+) -> tuple[Array, Array]:
+    """The pattern [B,K,X,S] float32 of the grouped rows of a span of queries, and lse [B,K,X]."""
+    num_queries, num_keys, num_kv_heads = span[1], k.shape[1], k.shape[2]
+    groups = (num_kv_heads, rows.shape[2] // num_queries)
     with jax.named_scope("attn.scores"):
-        rows, k = group_rows(q, num_kv_heads), jnp.einsum("bskd->bksd", k)
+        k = jnp.einsum("bskd->bksd", k)
         scores = scale * jnp.einsum(
             "bkxd,bksd->bkxs", rows, k, preferred_element_type=jnp.float32
         )  # [B,K,X,S]
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
         if bias is not None:
+            bias = take(as_4d(bias), span, axis=-2)
             scores = scores + group_heads(bias.astype(jnp.float32), groups, num_queries)
         if alibi_slopes is not None:
-            spans = (0, num_queries), (0, num_keys)
-            scores = scores - alibi_penalty(alibi_slopes, groups, mask, *spans)
-        visible = mask.materialize(num_queries, num_keys)
+            scores = scores - alibi_penalty(alibi_slopes, groups, mask, span, (0, num_keys))
+        visible = mask.tile(span, (0, num_keys))
         if visible is not None:
             scores = scores + group_heads(penalty(visible), groups, num_queries)
     scores = _tap(tap, "scores", scores, num_queries)
@@ -76,14 +112,12 @@ def dense_attention(
         else:
             sink = jnp.tile(sinks.astype(jnp.float32).reshape(groups), (1, num_queries))
         pattern, lse = _softmax(scores, sink)
-    pattern = _tap(tap, "pattern", pattern, num_queries)
+    return _tap(tap, "pattern", pattern, num_queries), lse
 
-    with jax.named_scope("attn.values"):
-        v = jnp.einsum("bskw->bksw", v)
-        z = jnp.einsum(
-            "bkxs,bksw->bkxw", pattern.astype(v.dtype), v, preferred_element_type=jnp.float32
-        )
-    return ungroup_rows(z.astype(q.dtype), num_queries), ungroup_lse(lse, num_queries)
+
+def last_argmax(pattern: Array) -> Array:
+    """[B,H] int32: the key that the last query of rows [B,H,T,S] attends to most."""
+    return jnp.argmax(pattern[:, :, -1], axis=-1).astype(jnp.int32)
 
 
 def group_rows(q: Array, num_kv_heads: int) -> Array:
@@ -146,11 +180,16 @@ def distance(mask: Mask, q_span: Span, k_span: Span) -> Array:
 def _tap(tap: Tap, site: str, rows: Array, num_queries: int) -> Array:
     """Taps see one axis of query heads: rows [B,K,X,S] <-> [B,H,T,S]."""
     batch, num_kv_heads, _, num_keys = rows.shape
-    by_head = jnp.einsum(
-        "bktgs->bkgts", rows.reshape(batch, num_kv_heads, num_queries, -1, num_keys)
-    )
-    tapped = tap(site, by_head.reshape(batch, -1, num_queries, num_keys))
-    return jnp.einsum("bkgts->bktgs", tapped.reshape(by_head.shape)).reshape(rows.shape)
+    tapped = tap(site, rows_by_head(rows, num_queries))
+    tapped = tapped.reshape(batch, num_kv_heads, -1, num_queries, num_keys)
+    return jnp.einsum("bkgts->bktgs", tapped).reshape(rows.shape)
+
+
+def rows_by_head(rows: Array, num_queries: int) -> Array:
+    """[B,K,X,S] -> [B,H,T,S]."""
+    batch, num_kv_heads, _, num_keys = rows.shape
+    grouped = rows.reshape(batch, num_kv_heads, num_queries, -1, num_keys)
+    return jnp.einsum("bktgs->bkgts", grouped).reshape(batch, -1, num_queries, num_keys)
 
 
 # A derivative of our own keeps one [T,S] array for the backward pass, the pattern itself.

@@ -32,6 +32,7 @@ def splash_reason_not(request: Request) -> str | None:
         (request.bias is not None, "it takes no bias"),
         (request.alibi_slopes is not None, "it takes no ALiBi slopes"),
         (mask.head_mask is not None, "it takes no mask that differs per head or is dense"),
+        (mask.prefix_lengths is not None, "it takes no prefix that every query sees"),
         (
             mask.q_index is not None or mask.k_index is not None,
             "its causality compares positions in the arrays, not index arrays",
@@ -120,19 +121,19 @@ def _splash_kernel(request: Request, context: int) -> Any:
     mask = request.mask
     shape = (request.num_queries, request.num_keys)
     if mask.window is not None:
-        right = 0 if mask.is_causal else mask.window - 1
-        structure = splash.LocalMask(shape, window_size=(mask.window - 1, right), offset=0)
+        structure = splash.LocalMask(shape, window_size=mask.reach, offset=0)
     elif mask.is_causal:
         structure = splash.CausalMask(shape)
     else:
         structure = splash.FullMask(shape)
-    block_q = _block_size(request.num_queries // context)
-    block_k = _block_size(request.num_keys)
+    block_q = splash_block_size(request.num_queries // context)
+    block_k = splash_block_size(request.num_keys)
     return splash.make_splash_mha(
         splash.MultiHeadMask([structure] * request.q.shape[2]),
         head_shards=1,  # every head has the same mask, so shards of heads share its tables
         q_seq_shards=context,
         attn_logits_soft_cap=request.soft_cap,
+        residual_checkpoint_name="lse",  # remat="names:lse" keeps its results: one run less
         interpret=request.platform != "tpu",  # for tests; selection never gets here off TPU
         block_sizes=splash.BlockSizes(
             block_q=block_q,
@@ -145,7 +146,8 @@ def _splash_kernel(request: Request, context: int) -> Any:
     )
 
 
-def _block_size(length: int) -> int:
+def splash_block_size(length: int) -> int:
+    """The largest block that divides a length, which is a multiple of `LANES`."""
     return next(size for size in (SPLASH_BLOCK, 384, 256, LANES) if length % size == 0)
 
 
@@ -206,10 +208,11 @@ def jax_nn_attention(
     num_queries, num_keys = request.num_queries, request.num_keys
     has_indices = mask.q_index is not None or mask.k_index is not None
     structure: dict[str, Any] = {}
-    if mask.is_causal and num_queries == num_keys and not has_indices:
+    is_plain = not has_indices and mask.prefix_lengths is None
+    if mask.is_causal and num_queries == num_keys and is_plain:
         structure = {"is_causal": True}
         if mask.window is not None:
-            structure["local_window_size"] = (mask.window - 1, 0)
+            structure["local_window_size"] = mask.reach
         rest = Mask(
             q_segment_ids=mask.q_segment_ids,
             k_segment_ids=mask.k_segment_ids,

@@ -9,6 +9,7 @@ sequence or of the cache), never RoPE positions.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TypeAlias
 
 import jax
@@ -38,32 +39,43 @@ class Mask:
         is_causal        q_index[t] >= k_index[s]
         window = w       q_index[t] - k_index[s] < w          (causal)
                          |q_index[t] - k_index[s]| < w        (not causal)
+        window = (l, r)  -r <= q_index[t] - k_index[s] <= l
         segment ids      q_segment_ids[t] == k_segment_ids[s] != 0   (0 marks padding)
         key_mask         key_mask[s]
         head_mask        head_mask[b, h, t, s]
+    With `prefix_lengths`, causality and window do not hide keys with k_index[s] < prefix.
 
     Attributes:
       is_causal: no query sees a later key.
-      window: number of keys in a sliding window, the query's own slot included.
+      window: number of keys in a sliding window, the query's own slot included; or a pair (left,
+        right) of how many keys before and after its own slot a query sees.
       q_index: [T] or [B,T] slots of the queries; None = 0..T-1.
       k_index: [S] or [B,S] slots of the keys; None = 0..S-1.
       q_segment_ids: [B,T] integers.
       k_segment_ids: [B,S] integers; None = `q_segment_ids` (self-attention, T = S).
       key_mask: [B,S] bool.
       head_mask: bool, broadcastable to [B,H,T,S].
+      prefix_lengths: [B] integers: that many first slots are visible to every query (prefix LM).
     """
 
     is_causal: bool = dataclasses.field(default=False, metadata=_STATIC)
-    window: int | None = dataclasses.field(default=None, metadata=_STATIC)
+    window: int | tuple[int, int] | None = dataclasses.field(default=None, metadata=_STATIC)
     q_index: Array | None = None
     k_index: Array | None = None
     q_segment_ids: Array | None = None
     k_segment_ids: Array | None = None
     key_mask: Array | None = None
     head_mask: Array | None = None
+    prefix_lengths: Array | None = None
 
     def __post_init__(self):
-        if self.window is not None and self.window < 1:
+        if isinstance(self.window, tuple):
+            if len(self.window) != 2 or min(self.window) < 0:
+                raise ValueError(
+                    f"window={self.window} must be (left, right), two counts of at least 0: the "
+                    "keys visible before and after the query's own."
+                )
+        elif self.window is not None and self.window < 1:
             raise ValueError(
                 f"window={self.window} leaves no visible key; a window counts the query itself, "
                 "so it is at least 1. Pass None for no window."
@@ -72,6 +84,15 @@ class Mask:
             raise ValueError(
                 "k_segment_ids was given without q_segment_ids; pass the queries' ids as well."
             )
+
+    @property
+    def reach(self) -> tuple[int | None, int | None]:
+        """How far before and after its own slot a query sees; None = without bound."""
+        if isinstance(self.window, tuple):
+            left, right = self.window
+        else:
+            left = right = None if self.window is None else self.window - 1
+        return left, 0 if self.is_causal else right
 
     @property
     def keys_share_segments(self) -> bool:
@@ -115,24 +136,35 @@ class Mask:
 
     def relative_index(self, q_span: Span, k_span: Span) -> Array:
         """q_index - k_index, [q_size,k_size] or [B,q_size,k_size] int32."""
+        q, k = self.indices(q_span, k_span)
+        return q - k
+
+    def indices(self, q_span: Span, k_span: Span) -> tuple[Array, Array]:
+        """q_index [...,q_size,1] and k_index [...,1,k_size] int32, with a batch axis or without."""
         q = _indices(self.q_index, q_span)
         k = _indices(self.k_index, k_span)
-        return q[..., :, None] - k[..., None, :]
+        return q[..., :, None], k[..., None, :]
 
     def key_range(self, q_span: Span, num_keys: int) -> tuple[int | Array, int | Array]:
         """Bounds [low, high) on the keys a span of queries can see by causality and window.
 
         Everything outside is invisible; inside, `tile` decides. Bounds are traced when the span's
-        start or the indices are.
+        start or the indices are. Bounds are tight for keys in the order of their indices.
         """
-        low, high = 0, num_keys
-        if self.k_index is not None or (not self.is_causal and self.window is None):
-            return low, high
+        left, right = self.reach
+        if left is None and right is None:
+            return 0, num_keys
         q = _indices(self.q_index, q_span)
-        if self.window is not None:
-            low = jnp.clip(q.min() - self.window + 1, 0, num_keys)
-        ahead = 1 if self.is_causal or self.window is None else self.window
-        return low, jnp.clip(q.max() + ahead, 0, num_keys)
+        lowest = None if left is None else q.min() - left
+        highest = None if right is None else q.max() + right
+        if self.prefix_lengths is not None:
+            lowest = None
+            if highest is not None:
+                highest = jnp.maximum(highest, self.prefix_lengths.max() - 1)
+        if self.k_index is not None:
+            return _index_range(self.k_index, lowest, highest)
+        low = 0 if lowest is None else jnp.clip(lowest, 0, num_keys)
+        return low, num_keys if highest is None else jnp.clip(highest + 1, 0, num_keys)
 
     def pad(self, num_queries: int, num_keys: int) -> Mask:
         """The same mask for sequences padded at the end to these lengths.
@@ -159,23 +191,26 @@ class Mask:
         arrays = (self.q_segment_ids, self.key_mask, self.head_mask)
         if any(part is not None for part in arrays):
             return False
-        if not self.is_causal and self.window is None:
+        if self.reach == (None, None):
             return True
         if not self._default_indices():
             return False
         return num_queries <= num_keys or (self.is_causal and self.window is None)
 
     def _index_tile(self, q_span: Span, k_span: Span) -> Array | None:
-        if not self.is_causal and self.window is None:
+        left, right = self.reach
+        if left is None and right is None:
             return None
         distance = self.relative_index(q_span, k_span)
-        if self.window is None:
-            visible = distance >= 0
-        elif self.is_causal:
-            visible = (distance >= 0) & (distance < self.window)
-        else:
-            visible = jnp.abs(distance) < self.window
-        return visible[None, None] if visible.ndim == 2 else visible[:, None]
+        parts = [] if left is None else [distance <= left]
+        parts += [] if right is None else [distance >= -right]
+        visible = functools.reduce(jnp.bitwise_and, parts)
+        visible = visible[None, None] if visible.ndim == 2 else visible[:, None]
+        if self.prefix_lengths is None:
+            return visible
+        k_index = jnp.expand_dims(_indices(self.k_index, k_span), -2)  # [1,k_size] or [B,1,k_size]
+        in_prefix = k_index < self.prefix_lengths[:, None, None]
+        return visible | in_prefix[:, None]
 
     def _segment_tile(self, q_span: Span, k_span: Span) -> Array | None:
         if self.q_segment_ids is None:
@@ -222,6 +257,19 @@ def take(x: Array, span: Span, axis: int) -> Array:
     if length == 1 or (isinstance(start, int) and start == 0 and size == length):
         return x
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis=axis)
+
+
+def _index_range(index: Array, lowest, highest) -> tuple[Array, Array]:
+    """[low, high): from the first to the last entry of index [...,S] within the bounds."""
+    inside = jnp.ones(index.shape, bool)
+    if lowest is not None:
+        inside = inside & (index >= lowest)
+    if highest is not None:
+        inside = inside & (index <= highest)
+    inside = inside.reshape(-1, index.shape[-1]).any(axis=0)
+    low = jnp.argmax(inside)
+    high = index.shape[-1] - jnp.argmax(inside[::-1])
+    return low, jnp.where(inside.any(), high, low)
 
 
 def pad_end(x: Array | None, length: int, axis: int = -1, mode: str = "constant") -> Array | None:

@@ -9,7 +9,7 @@ from jaxheads.attention.contract import AttentionContext, Cost, HeadsOut, Suppor
 from jaxheads.typing import Array
 
 
-def init(key: Array, cfg: Any) -> None:
+def init(key: Array, cfg: Any, options: None = None) -> None:
     """Softmax attention has no parameters of its own."""
 
 
@@ -26,18 +26,30 @@ def apply(params: None, q: Array, k: Array, v: Array, ctx: AttentionContext) -> 
       HeadsOut with z [B,T,H,W].
     """
     tap = ctx.tap
-    if ctx.rotate is not None:
-        q = tap("q_rot", ctx.rotate(q, ctx.q_positions))
-        if not ctx.k_is_rotated:
-            k = tap("k_rot", ctx.rotate(k, ctx.k_positions))
+    q, k = rotate_heads(q, k, ctx)
     z, lse = attend(q, k, v, ctx, needs_lse=tap.wants("lse"))
     if lse is not None and tap.wants("lse"):
         lse = tap("lse", lse)
     return HeadsOut(z, lse, {})
 
 
+def rotate_heads(q: Array, k: Array, ctx: AttentionContext) -> tuple[Array, Array]:
+    """Queries and keys rotated, unless the model has no rotation or the keys come rotated."""
+    if ctx.rotate is not None:
+        q = ctx.tap("q_rot", ctx.rotate(q, ctx.q_positions))
+        if not ctx.k_is_rotated:
+            k = ctx.tap("k_rot", ctx.rotate(k, ctx.k_positions))
+    return q, k
+
+
 def cost(
-    cfg: Any, num_queries: int, num_keys: int, *, is_causal: bool = True, itemsize: int = 2
+    cfg: Any,
+    num_queries: int,
+    num_keys: int,
+    *,
+    is_causal: bool = True,
+    itemsize: int = 2,
+    options: None = None,
 ) -> Cost:
     """Two matrix products of 2 T S D operations per head, halved where half is never visible.
 
@@ -47,6 +59,7 @@ def cost(
       num_keys: S.
       is_causal: causal self-attention (T = S) needs half the products.
       itemsize: bytes of an activation.
+      options: None.
     """
     flops = 4.0 * num_queries * num_keys * cfg.num_heads * cfg.head_dim
     if is_causal and num_queries == num_keys:
@@ -69,7 +82,7 @@ SOFTMAX = Variant(
         caches_rotated_keys=True,
         segment_ids=True,
         head_mask=True,
-        taps=frozenset({"q_rot", "k_rot", "scores", "pattern", "lse"}),
+        taps=frozenset({"q_rot", "k_rot", "scores", "pattern", "lse", "attn_argmax"}),
         implementations=tuple(IMPLEMENTATIONS),
         mesh_axes=frozenset({"data", "fsdp", "model", "context"}),
     ),
