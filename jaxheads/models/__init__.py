@@ -1,7 +1,8 @@
 """Models: Flax NNX modules that own parameters, and the functions that run them."""
 
+from jaxheads.models.architectures import ARCHITECTURES
 from jaxheads.models.cache import Cache, init_cache
-from jaxheads.models.configs import PRESETS, LayerSpec, ModelConfig
+from jaxheads.models.configs import LayerSpec, ModelConfig
 from jaxheads.models.decoder import (
     Decoder,
     Output,
@@ -12,18 +13,26 @@ from jaxheads.models.decoder import (
     unembed,
     with_config,
 )
+from jaxheads.models.presets import PRESETS
+from jaxheads.models.resume import Layers, read_out, resume, run_layer, run_layers
 
 __all__ = [
+    "ARCHITECTURES",
     "PRESETS",
     "Cache",
     "Decoder",
     "LayerSpec",
+    "Layers",
     "ModelConfig",
     "Output",
     "check_token_ids",
     "compute_dtype",
     "forward",
     "init_cache",
+    "read_out",
+    "resume",
+    "run_layer",
+    "run_layers",
     "sites",
     "unembed",
     "with_config",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
+from jaxheads.models.architectures import OwnState, own_state
 from jaxheads.models.configs import ModelConfig
 from jaxheads.parallel import constrain
-from jaxheads.typing import Array
+from jaxheads.parallel.rules import constrained_spec
+from jaxheads.typing import Array, PyTree
 
-CACHE_AXES = ("layers", "batch", None, "act_kv_heads", None)
+CACHE_AXES = ("layers", "batch", "length", "act_kv_heads", None)
 
 
 @jax.tree_util.register_dataclass
@@ -20,11 +24,14 @@ class Cache:
     """Preallocated keys and values of `S` slots. Slot s holds the s-th token of every row.
 
     Attributes:
-      k: [L,B,S,K,D] keys, rotated where the layer's variant caches rotated keys.
-      v: [L,B,S,K,D] values.
+      k: [R,B,S,K,D] keys of the layers without a state of their own (R = L where none has one),
+        rotated where the layer's variant caches rotated keys.
+      v: [R,B,S,K,D] values.
       segment_ids: [B,S] int32; 0 marks padding and slots not written yet.
       positions: [B,S] int32 position of each token.
       index: int32 scalar, the next free slot.
+      states: for each place of the layer pattern, the states of its layers stacked over the
+        repeats; None where they keep keys and values.
     """
 
     k: Array
@@ -32,6 +39,7 @@ class Cache:
     segment_ids: Array
     positions: Array
     index: Array
+    states: tuple[PyTree, ...] = ()
 
     @property
     def num_slots(self) -> int:
@@ -41,12 +49,11 @@ class Cache:
     def write_tokens(self, segment_ids: Array, positions: Array) -> Cache:
         """The cache with T tokens' bookkeeping written at `index`, and `index` advanced by T."""
         put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, self.index))
-        return Cache(
-            self.k,
-            self.v,
-            put(self.segment_ids, segment_ids),
-            put(self.positions, positions),
-            self.index + segment_ids.shape[1],
+        return dataclasses.replace(
+            self,
+            segment_ids=put(self.segment_ids, segment_ids),
+            positions=put(self.positions, positions),
+            index=self.index + segment_ids.shape[1],
         )
 
 
@@ -61,7 +68,48 @@ def init_cache(cfg: ModelConfig, batch_size: int, num_slots: int, dtype=jnp.floa
             f"a cache of {num_slots} tokens exceeds the {cfg.max_positions} learned positions of "
             "the model; shorten the prompt or generate fewer tokens."
         )
-    shape = (cfg.num_layers, batch_size, num_slots, cfg.num_kv_heads, cfg.head_dim)
+    kinds = [own_state(cfg, spec) for spec in cfg.pattern]
+    repeats = [len(range(n, cfg.num_layers, len(kinds))) for n in range(len(kinds))]
+
+    def stacked(kind: OwnState | None, count: int) -> PyTree:
+        if kind is None:
+            return None
+        one = kind.init(cfg, batch_size, num_slots, dtype, kind.options)
+        many = jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *a.shape)), one)
+        return jax.tree.map(constrain, many, _stacked_axes(kind, many))
+
+    num_rows = sum(n for kind, n in zip(kinds, repeats) if kind is None)
+    shape = (num_rows, batch_size, num_slots, cfg.num_kv_heads, cfg.head_dim)
     empty = constrain(jnp.zeros(shape, dtype), CACHE_AXES)
     ids = jnp.zeros((batch_size, num_slots), jnp.int32)
-    return Cache(empty, empty, ids, ids, jnp.int32(0))
+    states = tuple(stacked(kind, n) for kind, n in zip(kinds, repeats))
+    return Cache(empty, empty, ids, ids, jnp.int32(0), states)
+
+
+def _stacked_axes(kind: OwnState, states: PyTree) -> PyTree:
+    """The logical axes of every array of stacked states."""
+    if kind.axes is None:
+        return jax.tree.map(lambda a: ("layers", "batch", *(None,) * (a.ndim - 2)), states)
+    return jax.tree.map(lambda _, axes: ("layers", *axes), states, kind.axes)
+
+
+def cache_shape(
+    cfg: ModelConfig, batch_size: int, num_slots: int, dtype=jnp.float32, mesh: Mesh | None = None
+) -> Cache:
+    """The cache of `init_cache` as `jax.ShapeDtypeStruct`, placed as it is on `mesh`."""
+    shapes = jax.eval_shape(lambda: init_cache(cfg, batch_size, num_slots, dtype))
+    if mesh is None:
+        return shapes
+
+    def placed(leaf: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+        with jax.set_mesh(mesh):
+            spec = constrained_spec(axes, leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    kinds = [own_state(cfg, spec) for spec in cfg.pattern]
+    states = tuple(
+        None if kind is None else jax.tree.map(placed, state, _stacked_axes(kind, state))
+        for kind, state in zip(kinds, shapes.states)
+    )
+    kv = placed(shapes.k, CACHE_AXES)
+    return dataclasses.replace(shapes, k=kv, v=kv, states=states)

@@ -1,4 +1,4 @@
-"""One frozen configuration for every decoder family, and named presets.
+"""One frozen configuration for every decoder family.
 
 A family (GPT-2, Llama, Gemma, ...) is a setting of these fields, not a class: `models/decoder.py`
 reads them. `checkpoints/families.py` converts Hugging Face configurations.
@@ -6,14 +6,14 @@ reads them. `checkpoints/families.py` converts Hugging Face configurations.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from jaxheads.attention.rope import RopeConfig
+from jaxheads.fields import override, unknown
 
 if TYPE_CHECKING:
     Derived: TypeAlias = int
@@ -41,12 +41,22 @@ _POSITIVE = (
     "mlp_dim",
     "max_positions",
     "embed_dim",
+    "scan_unroll",
     "norm_eps",
     "embed_scale",
+    "embed_std",
     "attn_scale",
     "attn_soft_cap",
     "logit_soft_cap",
 )
+
+
+class Named(NamedTuple):
+    """A row of a table, and its options."""
+
+    name: str
+    options: Any
+    """An instance of the row's `options`, a frozen dataclass; None for a row without any."""
 
 
 class LayerSpec(NamedTuple):
@@ -56,6 +66,8 @@ class LayerSpec(NamedTuple):
     """A row of `jaxheads.attention.VARIANTS`."""
     window: int | None
     """Sliding-window width in tokens, None for full attention."""
+    options: Any = None
+    """The variant's options: an instance of ``VARIANTS[attention].options``, None without any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +111,12 @@ class ModelConfig:
     unembed_bias: bool = False
     tie_embeddings: bool = True
     embed_scale: float = 1.0  # multiplies the token embedding (Gemma: sqrt(model_dim))
+    # Deviation of embeddings before training. Small models learn to look tokens up many times
+    # faster from about 0.3: at 0.02 the first layers' outputs drown what the token was.
+    embed_std: float = 0.02
 
-    attention: str = "dense"  # variants of the layers, repeating: "dense", "s2*3+dense"
+    architecture: str = "transformer"  # a row of models.ARCHITECTURES: what mixes tokens
+    attention: str = "dense"  # variants of the layers, repeating: "dense", "s2(block=64)*3+dense"
     window: tuple[int | None, ...] = (None,)  # sliding windows of the layers, repeating
     attn_scale: float | None = None  # None: head_dim ** -0.5
     scale_by_layer: bool = False  # divide the scores of layer l by l + 1 (an option of GPT-2)
@@ -109,7 +125,11 @@ class ModelConfig:
     attn_sinks: bool = False  # a learned logit per head that only joins the softmax denominator
 
     implementation: str = "auto"  # attention implementation: auto | dense | blocked | splash | ...
-    remat: str = "none"  # none | full | dots | names:q,k,... (tap sites kept for the backward pass)
+    # Kept for the backward pass: none (of it recomputed) | full | dots | names:q,k,... (sites) |
+    # offload (layer inputs, in host memory) | offload:lse,... (those, and tap sites)
+    remat: str = "none"
+    mlp_chunk: int = 0  # tokens of a device that the MLP takes at a time; 0: all
+    scan_unroll: int = 1  # repeats of the layer pattern in one step of the loop over layers
     param_dtype: str = "float32"
     compute_dtype: str = "auto"  # auto: bfloat16 on TPU and GPU, float32 on CPU
     extras: tuple[tuple[str, str], ...] = ()  # other config.json entries, JSON-encoded, kept as is
@@ -148,8 +168,12 @@ class ModelConfig:
             raise ValueError(f"window={self.window!r} must hold positive widths or None.")
         if self.norm_placement == "post" and self.residual != "sequential":
             raise ValueError("norm_placement='post' needs residual='sequential'.")
+        if isinstance(self.mlp_chunk, bool) or not self.mlp_chunk >= 0:
+            raise ValueError(
+                f"mlp_chunk={self.mlp_chunk!r} must be a number of tokens, or 0 for all."
+            )
         parse_remat(self.remat)
-        _ = self.pattern
+        _ = self.pattern, self.mixer, self.layout
 
     @property
     def num_groups(self) -> int:
@@ -168,9 +192,43 @@ class ModelConfig:
         period = math.lcm(len(variants), len(self.window))
         period = min(period, self.num_layers)
         return tuple(
-            LayerSpec(variants[i % len(variants)], self.window[i % len(self.window)])
-            for i in range(period)
+            LayerSpec(name, self.window[i % len(self.window)], options)
+            for i, (name, options) in ((i, variants[i % len(variants)]) for i in range(period))
         )
+
+    @property
+    def mixer(self) -> Named:
+        """The architecture and its options."""
+        from jaxheads.models.architectures import ARCHITECTURES
+
+        return parse_named(self.architecture, ARCHITECTURES, "architecture")
+
+    @property
+    def layout(self) -> str:
+        """The order in which layers take tokens over a context axis (`attention.layouts`).
+
+        Raises:
+          ValueError: layers of one pattern that want tokens in different orders.
+        """
+        wanted = {spec: getattr(spec.options, "layout", "contiguous") for spec in self.pattern}
+        if len(set(wanted.values())) > 1:
+            raise ValueError(
+                f"attention={self.attention!r} mixes layouts "
+                f"{', '.join(sorted(set(wanted.values())))}: tokens are put in one order for all "
+                "layers, so give every layer of the pattern the same layout (variants without the "
+                "option are contiguous)."
+            )
+        return next(iter(wanted.values()))
+
+    def require_transformer(self, what: str) -> None:
+        """Raise where `what` rests on heads whose outputs a layer projects and adds, and on them
+        alone: other architectures put norms, gates or a recurrence between."""
+        if self.mixer.name != "transformer":
+            raise NotImplementedError(
+                f"{what} is defined for architecture 'transformer', not {self.mixer.name!r}, whose "
+                "heads do not simply add to the residual stream; use ablate, patch, "
+                "activation_patch or attribution_patch."
+            )
 
     def rope_of(self, spec: LayerSpec) -> RopeConfig | None:
         """Rotary settings of a layer, None without rotary positions."""
@@ -187,12 +245,20 @@ class ModelConfig:
         norm = m * (2 if self.norm == "layernorm" else 1)
         num_norms = {"sandwich": 4}.get(self.norm_placement, 2)
         num_norms -= self.residual == "parallel_shared_norm"
-        layer = (
+        mixer = (
             m * (heads + 2 * kv) + heads * m
             + self.qkv_bias * (heads + 2 * kv) + self.attn_out_bias * m
+            + self.qk_norm * 2 * d + self.attn_sinks * self.num_heads
+        )  # fmt: skip
+        if self.mixer.name != "transformer":
+            from jaxheads.models.architectures import num_mixer_params
+
+            mixer = num_mixer_params(self)
+        layer = (
+            mixer
             + m * f * (3 if self.gated_mlp else 2)
             + self.mlp_bias * (f * (2 if self.gated_mlp else 1) + m)
-            + num_norms * norm + self.qk_norm * 2 * d + self.attn_sinks * self.num_heads
+            + num_norms * norm
         )  # fmt: skip
         outer = self.vocab_size * self.embed_dim * (1 if self.tie_embeddings else 2)
         outer += self.unembed_bias * self.vocab_size
@@ -209,31 +275,62 @@ def _check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} must be a positive number.")
 
 
-def parse_attention(text: str) -> tuple[str, ...]:
-    """Variant names of a repeating block: ``"s2*3+dense"`` gives ``("s2","s2","s2","dense")``.
+def parse_attention(text: str) -> tuple[Named, ...]:
+    """Variants of a repeating block: ``"s2*2+dense"`` gives s2, s2, dense, each with its options.
 
     Raises:
-      ValueError: for malformed text or a name that is no row of `attention.VARIANTS`.
+      ValueError: for malformed text, a name that is no row of `attention.VARIANTS`, or options
+        that its variant does not have.
     """
     from jaxheads.attention import VARIANTS
 
-    names: list[str] = []
-    for part in text.split("+"):
-        match = re.fullmatch(r"\s*([a-z][\w-]*)(?:\*(\d+))?\s*", part)
+    layers: list[Named] = []
+    for part in re.split(r"\+(?![^(]*\))", text):  # at every + outside parentheses
+        match = re.fullmatch(r"\s*(\S.*?)(?:\s*\*\s*(\d+))?\s*", part)
         if not match or match[2] == "0":
             raise ValueError(
-                f"attention={text!r}: cannot read {part!r}; write 'dense' or 's2*3+dense'."
+                f"attention={text!r}: cannot read {part!r}; write 'dense', 's2*3+dense' or "
+                "'s2(block=64)'."
             )
-        if match[1] not in VARIANTS:
-            raise ValueError(
-                f"attention={text!r}: no variant {match[1]!r}; variants: {', '.join(VARIANTS)}."
-            )
-        names += [match[1]] * int(match[2] or 1)
-    return tuple(names)
+        layers += [parse_named(match[1], VARIANTS, "attention")] * int(match[2] or 1)
+    return tuple(layers)
+
+
+def parse_named(text: str, table: Mapping[str, Any], field: str) -> Named:
+    """``"name(option=value,...)"`` as a row of `table` and its options.
+
+    Args:
+      text: the name of a row, and in parentheses settings of the dataclass `row.options`.
+      table: rows by name.
+      field: what the text is a value of, for messages.
+
+    Raises:
+      ValueError: for malformed text, an unknown row, or a setting that its options refuse.
+    """
+    match = re.fullmatch(r"\s*([a-z][\w-]*)\s*(?:\((.*)\))?\s*", text)
+    if not match:
+        raise ValueError(f"{field}: cannot read {text!r}; write a name, or name(option=value,...).")
+    name, inner = match[1], match[2]
+    if name not in table:
+        raise ValueError(f"{field}={text!r}: {unknown(field, name, table)}")
+    kind = table[name].options
+    settings = [
+        part.partition("=") for part in re.split(r",(?![^(]*\))", inner or "") if part.strip()
+    ]
+    if kind is None:
+        if settings:
+            raise ValueError(f"{field}={text!r}: {name!r} has no options.")
+        return Named(name, None)
+    if not all(equals for _, equals, _ in settings):
+        raise ValueError(f"{field}={text!r}: options are written option=value, split by commas.")
+    given = {option.strip(): value.strip() for option, _, value in settings}
+    return Named(name, override(kind(), given, section=name))
 
 
 def parse_remat(text: str) -> tuple[str, tuple[str, ...]]:
     """``(kind, names)`` of a rematerialisation policy: ``"names:q,k"`` gives ``("names", (...))``.
+
+    ``"offload"`` gives ``("offload", ("resid_pre",))``: the layer inputs wait in host memory.
 
     Raises:
       ValueError: for an unknown kind or a name that is no tap site.
@@ -241,153 +338,17 @@ def parse_remat(text: str) -> tuple[str, tuple[str, ...]]:
     from jaxheads.taps import STACK_SITES, resolve_site
 
     kind, _, rest = text.partition(":")
-    if kind not in ("none", "full", "dots", "names") or bool(rest) != (kind == "names"):
-        raise ValueError(f"remat={text!r} is not one of none, full, dots, names:SITE,SITE,...")
+    allowed = {"none": (False,), "full": (False,), "dots": (False,), "names": (True,),
+               "offload": (False, True)}  # fmt: skip
+    if bool(rest) not in allowed.get(kind, ()):
+        raise ValueError(
+            f"remat={text!r} is not one of none, full, dots, names:SITE,SITE,..., offload or "
+            "offload:SITE,SITE,..."
+        )
     names = tuple(resolve_site(n.strip())[0] for n in rest.split(",")) if rest else ()
     for name in names:
         if name not in STACK_SITES:
             raise ValueError(f"remat={text!r}: {name!r} is outside the layer stack.")
+    if kind == "offload":
+        names = ("resid_pre", *(n for n in names if n != "resid_pre"))
     return kind, names
-
-
-def tiny() -> ModelConfig:
-    """The demo's byte-level model: about 0.9 million parameters, trains in minutes on a laptop."""
-    return ModelConfig(mlp_dim=384, max_positions=1024)
-
-
-def gpt2_small() -> ModelConfig:
-    """GPT-2 small, 124 million parameters (Radford et al., 2019)."""
-    return ModelConfig(
-        family="gpt2",
-        vocab_size=50257,
-        num_layers=12,
-        model_dim=768,
-        num_heads=12,
-        max_positions=1024,
-        positions="learned",
-        norm="layernorm",
-        activation="gelu_tanh",
-        gated_mlp=False,
-        qkv_bias=True,
-        attn_out_bias=True,
-        mlp_bias=True,
-    )
-
-
-def pythia_6_9b() -> ModelConfig:
-    """Pythia 6.9B (Biderman et al., 2023, arXiv:2304.01373)."""
-    return ModelConfig(
-        family="gpt_neox",
-        vocab_size=50432,
-        num_layers=32,
-        model_dim=4096,
-        num_heads=32,
-        rope=RopeConfig(fraction=0.25),
-        norm="layernorm",
-        residual="parallel",
-        activation="gelu",
-        gated_mlp=False,
-        qkv_bias=True,
-        attn_out_bias=True,
-        mlp_bias=True,
-        tie_embeddings=False,
-    )
-
-
-def llama3_8b() -> ModelConfig:
-    """Llama 3 8B (Grattafiori et al., 2024, arXiv:2407.21783)."""
-    return ModelConfig(
-        vocab_size=128256,
-        num_layers=32,
-        model_dim=4096,
-        num_heads=32,
-        num_kv_heads=8,
-        mlp_dim=14336,
-        max_positions=8192,
-        rope=RopeConfig(theta=500000.0),
-        tie_embeddings=False,
-    )
-
-
-def llama3_1_8b() -> ModelConfig:
-    """Llama 3.1 8B: Llama 3 8B with rotary scaling to 131,072 positions (arXiv:2407.21783)."""
-    return dataclasses.replace(llama3_8b(), max_positions=131072, rope=_LLAMA_3_1_ROPE)
-
-
-def llama3_1_70b() -> ModelConfig:
-    """Llama 3.1 70B (arXiv:2407.21783)."""
-    return dataclasses.replace(
-        llama3_1_8b(),
-        num_layers=80,
-        model_dim=8192,
-        embed_dim=8192,
-        num_heads=64,
-        head_dim=128,
-        mlp_dim=28672,
-    )
-
-
-def qwen3_8b() -> ModelConfig:
-    """Qwen3 8B (Yang et al., 2025, arXiv:2505.09388)."""
-    return ModelConfig(
-        family="qwen3",
-        vocab_size=151936,
-        num_layers=36,
-        model_dim=4096,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        mlp_dim=12288,
-        max_positions=40960,
-        rope=RopeConfig(theta=1000000.0),
-        norm_eps=1e-6,
-        qk_norm=True,
-        tie_embeddings=False,
-    )
-
-
-def gemma3_27b() -> ModelConfig:
-    """The text part of Gemma 3 27B (Gemma team, 2025, arXiv:2503.19786)."""
-    return ModelConfig(
-        family="gemma3_text",
-        vocab_size=262208,
-        num_layers=62,
-        model_dim=5376,
-        num_heads=32,
-        num_kv_heads=16,
-        head_dim=128,
-        mlp_dim=21504,
-        max_positions=131072,
-        rope=RopeConfig(theta=1000000.0, scaling="linear", factor=8.0),
-        local_rope=RopeConfig(theta=10000.0),
-        window=(1024,) * 5 + (None,),
-        norm_eps=1e-6,
-        norm_offset=1.0,
-        norm_placement="sandwich",
-        qk_norm=True,
-        activation="gelu_tanh",
-        attn_scale=168**-0.5,
-        embed_scale=5376**0.5,
-    )
-
-
-_LLAMA_3_1_ROPE = RopeConfig(
-    theta=500000.0,
-    scaling="llama3",
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_positions=8192,
-)
-
-PRESETS: Mapping[str, Callable[[], ModelConfig]] = {
-    "tiny": tiny,
-    "gpt2-small": gpt2_small,
-    "pythia-6.9b": pythia_6_9b,
-    "llama3-8b": llama3_8b,
-    "llama3.1-8b": llama3_1_8b,
-    "llama3.1-70b": llama3_1_70b,
-    "qwen3-8b": qwen3_8b,
-    "gemma3-27b": gemma3_27b,
-}
-"""Named configurations: what ``--model=`` accepts besides a directory."""

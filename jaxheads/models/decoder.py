@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,15 +18,12 @@ import numpy as np
 from flax import nnx
 
 from jaxheads import attention
-from jaxheads.attention.rope import inverse_frequencies, rotate
+from jaxheads.models.architectures import ARCHITECTURES
 from jaxheads.models.cache import Cache
-from jaxheads.models.configs import LayerSpec, ModelConfig, parse_remat
+from jaxheads.models.configs import LayerSpec, ModelConfig
 from jaxheads.models.layers import (
     MLP,
-    Attention,
-    Norm,
     add_bias,
-    apply_mlp,
     layer_norm,
     normal,
     normalize,
@@ -35,11 +31,22 @@ from jaxheads.models.layers import (
     stack_layers,
     zeros,
 )
+from jaxheads.models.order import layout_of, to_layout, to_text
+from jaxheads.models.run import Run
+from jaxheads.models.stack import RESIDUAL, Held, run_stack
 from jaxheads.parallel import constrain
-from jaxheads.taps import NO_TAPS, OUTER_SITES, SITES, STACK_SITES, Tap, TapContext, Taps
+from jaxheads.taps import (
+    MEMORY_SITES,
+    MIXER_SITES,
+    NO_TAPS,
+    OUTER_SITES,
+    SITES,
+    STACK_SITES,
+    Tap,
+    TapContext,
+    Taps,
+)
 from jaxheads.typing import Array, ArrayLike, PyTree, is_traced
-
-RESIDUAL = ("batch", "length", "act_embed")
 
 
 class Output(NamedTuple):
@@ -61,7 +68,8 @@ class Table(nnx.Module):
     """A lookup table [N,M]."""
 
     def __init__(self, cfg: ModelConfig, rows: int, width: int, axis: str, *, rngs: nnx.Rngs):
-        self.table = param(rngs, (rows, width), (axis, "embed"), normal(0.02), cfg.param_dtype)
+        init = normal(cfg.embed_std)
+        self.table = param(rngs, (rows, width), (axis, "embed"), init, cfg.param_dtype)
 
 
 class Block(nnx.Module):
@@ -70,7 +78,7 @@ class Block(nnx.Module):
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         sandwich = cfg.norm_placement == "sandwich"
         self.ln1 = layer_norm(cfg, rngs=rngs)
-        self.attention = Attention(cfg, rngs=rngs)
+        self.attention = ARCHITECTURES[cfg.mixer.name].module(cfg, rngs=rngs)
         self.ln1_post = layer_norm(cfg, rngs=rngs) if sandwich else None
         shared = cfg.residual == "parallel_shared_norm"
         self.ln2 = None if shared else layer_norm(cfg, rngs=rngs)
@@ -126,12 +134,14 @@ def _variant_params(cfg: ModelConfig, rngs: nnx.Rngs) -> list[PyTree]:
     for place, spec in enumerate(cfg.pattern):
         repeats = len(range(place, cfg.num_layers, period))
         keys = jax.random.split(rngs.params(), repeats)
-        init = attention.VARIANTS[spec.attention].init
-        one = jax.eval_shape(lambda key, init=init: init(key, cfg), keys[0])
-        stacks.append(
-            None if one is None else jax.vmap(lambda key, init=init: init(key, cfg))(keys)
-        )
+        init = partial(_init_variant, cfg, spec)
+        one = jax.eval_shape(init, keys[0])
+        stacks.append(None if one is None else jax.vmap(init)(keys))
     return stacks
+
+
+def _init_variant(cfg: ModelConfig, spec: LayerSpec, key: Array) -> PyTree:
+    return attention.VARIANTS[spec.attention].init(key, cfg, spec.options)
 
 
 def with_config(model: Decoder, **changes: Any) -> Decoder:
@@ -161,35 +171,53 @@ def sites(cfg: ModelConfig) -> tuple[str, ...]:
         missing |= {"ln2_scale", "ln2_out"}
     if cfg.norm_placement == "post":
         missing |= {"final_norm_scale"}
+    own = ARCHITECTURES[cfg.mixer.name].sites
+    missing |= MEMORY_SITES if own is None else MIXER_SITES - own
     return tuple(s for s in SITES if s not in missing)
 
 
 def embed_tokens(model: Decoder, tokens: Array) -> Array:
     """[B,T] ids -> [B,T,M] scaled embeddings, the value of the site `embed` before edits."""
     cfg, dtype = model.cfg, compute_dtype(model.cfg)
-    # Rows whole on each device: looking ids up in a table split over its width as well as the
-    # batch would make the compiler replicate the result.
-    table = constrain(model.embed.table[...].astype(dtype), ("vocab", None))
-    # An id past the table reads NaN rather than another token's row.
-    x = jnp.take(table, tokens, axis=0, mode="fill")
-    x = constrain(x, RESIDUAL)
+    # Where the table lies, every device looks up its columns of all tokens of its fsdp and context
+    # group, and the columns then travel to the tokens' devices: less by far than gathering the
+    # table would move. First over fsdp, then over context: XLA exchanges one mesh axis at a time.
+    tokens = constrain(tokens, ("lookup_batch", "lookup_length"))
+    # An id past the table reads NaN rather than another token's row. Cast after the lookup, so
+    # that the gradients of a row are summed in float32.
+    x = jnp.take(model.embed.table[...], tokens, axis=0, mode="fill").astype(dtype)
+    x = constrain(x, ("lookup_batch", "lookup_length", "embed"))
+    x = constrain(constrain(x, ("batch", "lookup_length", "lookup_embed")), RESIDUAL)
     x = x * jnp.asarray(cfg.embed_scale, dtype) if cfg.embed_scale != 1 else x
     if model.project_in is not None:
         x = jnp.einsum("bte,em->btm", x, model.project_in[...].astype(dtype))
     return x
 
 
-def unembed(model: Decoder, hidden: Array) -> Array:
-    """[...,M] values of `final_norm_out` -> [...,V] float32 logits."""
+def unembed(model: Decoder, hidden: Array, entries: Array | None = None) -> Array:
+    """[...,M] values of `final_norm_out` -> [...,V] float32 logits.
+
+    With `entries` [...,N] (token ids, their leading axes broadcastable to those of `hidden`) only
+    the logits of those tokens are formed: [...,N].
+    """
     cfg, dtype = model.cfg, hidden.dtype
     if model.project_out is not None:
         hidden = jnp.einsum("...m,me->...e", hidden, model.project_out[...].astype(dtype))
-    if model.unembed.kernel is None:
-        spec, kernel = "...e,ve->...v", model.embed.table[...]
+    untied, bias = model.unembed.kernel, model.unembed.bias
+    tied = untied is None
+    kernel = model.embed.table[...] if untied is None else untied[...]
+    if entries is None:
+        spec = "...e,ve->...v" if tied else "...e,ev->...v"
+        logits = jnp.einsum(spec, hidden, kernel.astype(dtype), preferred_element_type=jnp.float32)
+        logits = add_bias(logits, bias)
     else:
-        spec, kernel = "...e,ev->...v", model.unembed.kernel[...]
-    logits = jnp.einsum(spec, hidden, kernel.astype(dtype), preferred_element_type=jnp.float32)
-    logits = add_bias(logits, model.unembed.bias)
+        rows = jnp.take(kernel, entries, axis=0 if tied else 1, mode="fill")
+        rows = rows if tied else jnp.moveaxis(rows, 0, -1)  # [...,N,E]
+        logits = jnp.einsum(
+            "...e,...ne->...n", hidden, rows.astype(dtype), preferred_element_type=jnp.float32
+        )
+        if bias is not None:
+            logits = logits + jnp.take(bias[...], entries, mode="fill").astype(logits.dtype)
     if cfg.logit_soft_cap is not None:
         logits = cfg.logit_soft_cap * jnp.tanh(logits / cfg.logit_soft_cap)
     return logits
@@ -261,7 +289,8 @@ def _forward(model: Decoder, tokens, positions, segment_ids, cache, embeddings, 
         segment_ids = jnp.ones((batch, length), jnp.int32)
     if positions is None:
         positions = default_positions((batch, length), segment_ids, cache)
-    tap = Tap(taps.only(OUTER_SITES), TapContext(None, positions, segment_ids))
+    slots = None if cache is None else cache.index + jnp.arange(length, dtype=jnp.int32)
+    tap = Tap(taps.only(OUTER_SITES), TapContext(None, positions, segment_ids, slots))
 
     if embeddings is None:
         x = embed_tokens(model, tokens)
@@ -275,28 +304,39 @@ def _forward(model: Decoder, tokens, positions, segment_ids, cache, embeddings, 
     x = constrain(x, RESIDUAL)
 
     if cache is not None:
-        slots = cache.index + jnp.arange(length, dtype=jnp.int32)
         cache = cache.write_tokens(segment_ids, jnp.broadcast_to(positions, (batch, length)))
-        run = _Run(
+        run = Run(
             cfg, positions, cache.positions, segment_ids, cache.segment_ids, slots, cache.num_slots
         )
-        kv = (cache.k, cache.v)
+        held = Held(cache.k, cache.v, cache.states)
     else:
-        run = _Run(cfg, positions, positions, segment_ids, segment_ids, None, length)
-        kv = None
-    x, kv, seen, aux = _run_layers(model, x, kv, run, taps.only(STACK_SITES))
-    if cache is not None and kv is not None:
-        cache = dataclasses.replace(cache, k=kv[0], v=kv[1])
+        # Payloads and records of the stack are in the order of the text.
+        inside = taps.only(STACK_SITES)
+        is_tapped = bool(inside.edits or inside.record)
+        layout = "contiguous" if is_tapped else layout_of(cfg, length)
+        x, positions = to_layout(x, layout), to_layout(positions, layout)
+        segment_ids = None if segment_ids is None else to_layout(segment_ids, layout)
+        run = Run(cfg, positions, positions, segment_ids, segment_ids, None, length, layout=layout)
+        held = None
+    x, held, seen, aux = run_stack(model, x, held, run, taps.only(STACK_SITES))
+    x = to_text(x, run.layout)
+    if cache is not None and held is not None:
+        cache = dataclasses.replace(cache, k=held.k, v=held.v, states=held.states)
+    x, logits = final_logits(model, x, tap)
+    seen = seen | tap.finish(f"the {cfg.family} decoder")
+    return Output(logits, cache, seen, x, aux)
 
+
+def final_logits(model: Decoder, x: Array, tap: Tap) -> tuple[Array, Array]:
+    """The last residual stream [B,T,M] -> (`final_norm_out` [B,T,M], logits [B,T,V])."""
+    cfg = model.cfg
     x = tap("final_norm_in", x)
     if model.final_norm is not None:
         x = normalize(model.final_norm, x, cfg, tap, "final_norm")
     else:
         x = tap("final_norm_out", x)
     logits = constrain(unembed(model, x), ("batch", "length", "act_vocab"))
-    logits = tap("logits", logits)
-    seen = seen | tap.finish(f"the {cfg.family} decoder")
-    return Output(logits, cache, seen, x, aux)
+    return x, tap("logits", logits)
 
 
 def _check_inputs(cfg, tokens, positions, segment_ids, cache, embeddings) -> None:
@@ -354,197 +394,3 @@ def check_token_ids(tokens: Array | np.ndarray, vocab_size: int) -> None:
             f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size} "
             f"(0 to {vocab_size - 1}); the text was encoded with another tokenizer."
         )
-
-
-class _Run(NamedTuple):
-    """What every layer of one forward shares."""
-
-    cfg: ModelConfig
-    positions: Array
-    """[T] or [B,T]"""
-    k_positions: Array
-    """[S] or [B,S]"""
-    segment_ids: Array | None
-    """[B,T]"""
-    k_segment_ids: Array | None
-    """[B,S]"""
-    slots: Array | None
-    """[T] the cache slots of the tokens; None without a cache."""
-    num_keys: int
-    """S: the slots of the cache, or T."""
-
-    def mask(self, spec: LayerSpec) -> attention.Mask:
-        """Who sees whom in a layer of this kind."""
-        return attention.Mask(
-            is_causal=True,
-            window=spec.window,
-            q_index=self.slots,
-            q_segment_ids=self.segment_ids,
-            k_segment_ids=self.k_segment_ids,
-        )
-
-
-def _run_layers(model: Decoder, x: Array, kv, run: _Run, taps: Taps):
-    """All layers: a scan over repeats of the layer pattern, then the cut last repeat if any.
-
-    Returns (x, kv, seen, aux); `seen` leaves lead with [L].
-    """
-    cfg = model.cfg
-    period = len(cfg.pattern)
-    repeats, rest = divmod(cfg.num_layers, period)
-    layers = jnp.arange(cfg.num_layers, dtype=jnp.int32)
-    per_layer = (model.layers, taps.layer_payloads(), layers)
-
-    def places(num_places: int):
-        def body(carry, xs):
-            stacked, variant_params = xs
-            outs = []
-            for place in range(num_places):
-                block, payloads, layer = jax.tree.map(lambda a, p=place: a[p], stacked)
-                step = _rematerialize(partial(_layer, cfg.pattern[place], run, taps), cfg.remat)
-                carry, out = step(carry, block, variant_params[place], payloads, layer)
-                outs.append(out)
-            return carry, jax.tree.map(lambda *a: jnp.stack(a), *outs)
-
-        return body
-
-    def grouped(first: int, groups: int, size: int):
-        cut = lambda a: a[first : first + groups * size].reshape(groups, size, *a.shape[1:])
-        return jax.tree.map(cut, per_layer)
-
-    variants = list(model.variants)
-    carry = (x, kv)
-    xs = (grouped(0, repeats, period), [jax.tree.map(lambda a: a[:repeats], v) for v in variants])
-    carry, outs = jax.lax.scan(places(period), carry, xs)
-    outs = jax.tree.map(lambda a: a.reshape(repeats * period, *a.shape[2:]), outs)
-    if rest:
-        last = jax.tree.map(lambda a: a[0], grouped(repeats * period, 1, rest))
-        tail = [jax.tree.map(lambda a: a[repeats], v) for v in variants[:rest]]
-        carry, more = places(rest)(carry, (last, tail))
-        outs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outs, more)
-    (x, kv), (seen, aux) = carry, outs
-    for item in taps.record:
-        if item.layer is not None:
-            seen[item.name] = jax.tree.map(lambda a, n=item.layer: a[n], seen[item.name])
-    return x, kv, seen, {name: jnp.sum(value) for name, value in aux.items()}
-
-
-def _rematerialize(step: Callable, remat: str) -> Callable:
-    """`step` with what its backward pass keeps decided by the policy's text."""
-    kind, names = parse_remat(remat)
-    policies = jax.checkpoint_policies
-    if kind == "none":
-        return step
-    policy = {
-        "full": policies.nothing_saveable,
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "names": policies.save_only_these_names(*names),
-    }[kind]
-    # Inside a scan the compiler cannot merge the recomputation with the first computation.
-    return jax.checkpoint(step, policy=policy, prevent_cse=False)
-
-
-def _layer(spec: LayerSpec, run: _Run, taps: Taps, carry, block: Block, variant_params, payloads,
-           layer: Array):  # fmt: skip
-    """One layer: ((x, kv), parameters, this layer's payloads) -> ((x, kv), (seen, aux))."""
-    x, kv = carry
-    cfg = run.cfg
-    ctx = TapContext(layer, run.positions, run.segment_ids)
-    tap = Tap(taps.with_layer_payloads(payloads), ctx)
-    attend = lambda h: _attend(spec, run, block.attention, variant_params, h, kv, layer, tap)
-    norm = lambda which, y, site="": normalize(which, y, cfg, tap, site)
-
-    x = tap("resid_pre", x)
-    if cfg.norm_placement == "post":
-        y, kv, aux = attend(x)
-        x = norm(block.ln1, tap("resid_mid", x + tap("attn_out", y)), "ln1")
-        x = norm(block.ln2, x + tap("mlp_out", apply_mlp(block.mlp, x, cfg, tap)), "ln2")
-    else:
-        normed = norm(block.ln1, x, "ln1")
-        y, kv, aux = attend(normed)
-        y = y if block.ln1_post is None else norm(block.ln1_post, y)
-        y = tap("attn_out", y)
-        if cfg.residual == "sequential":
-            x, y = tap("resid_mid", x + y), 0
-        into_mlp = normed if block.ln2 is None else norm(block.ln2, x, "ln2")
-        out = apply_mlp(block.mlp, into_mlp, cfg, tap)
-        out = out if block.ln2_post is None else norm(block.ln2_post, out)
-        x = x + y + tap("mlp_out", out)
-    x = constrain(tap("resid_post", x), RESIDUAL)
-    return (x, kv), (tap.finish(f"attention variant {spec.attention!r}"), aux)
-
-
-def _attend(spec, run: _Run, weights: Attention, variant_params, x, kv, layer, tap):
-    """Attention of one layer on its normed input [B,T,M] -> ([B,T,M], kv, aux)."""
-    cfg, dtype = run.cfg, x.dtype
-    variant = attention.VARIANTS[spec.attention]
-    head_axes = ("batch", "length", "act_heads", None)
-    kv_axes = ("batch", "length", "act_kv_heads", None)
-
-    def project(name, w, bias, axes, norm: Norm | None = None):
-        y = add_bias(jnp.einsum("btm,mhd->bthd", x, w[...].astype(dtype)), bias)
-        y = y if norm is None else normalize(norm, y, cfg)
-        return tap(name, constrain(y, axes))
-
-    q = project("q", weights.wq, weights.bq, head_axes, weights.q_norm)  # [B,T,H,D]
-    k = project("k", weights.wk, weights.bk, kv_axes, weights.k_norm)  # [B,T,K,D]
-    v = project("v", weights.wv, weights.bv, kv_axes)  # [B,T,K,D]
-    if cfg.scale_by_layer:
-        q = q / (layer + 1).astype(dtype)
-
-    rotation = _rotation(cfg, spec, run.num_keys)
-    ctx = attention.AttentionContext(
-        tap=tap,
-        rotate=rotation,
-        q_positions=run.positions,
-        k_positions=run.k_positions,
-        mask=run.mask(spec),
-        scale=cfg.score_scale,
-        soft_cap=cfg.attn_soft_cap,
-        sinks=None if weights.sinks is None else weights.sinks[...],
-        alibi_slopes=_alibi_slopes(cfg),
-        x=x,
-        layer=layer,
-        implementation=cfg.implementation,
-    )
-    if kv is not None and run.slots is not None:
-        if rotation is not None and variant.supports.caches_rotated_keys:
-            k = tap("k_rot", rotation(k, run.positions))
-            ctx = dataclasses.replace(ctx, k_is_rotated=True)
-        kv, k, v = _append(kv, k, v, layer, run.slots[0])
-    out = variant.apply(variant_params, q, k, v, ctx)
-    z = tap("z", constrain(out.z, head_axes))
-
-    wo = weights.wo[...].astype(dtype)
-    if tap.wants("head_out"):
-        y = jnp.sum(tap("head_out", jnp.einsum("bthd,hdm->bthm", z, wo)), axis=2)
-    else:
-        y = jnp.einsum("bthd,hdm->btm", z, wo)
-    return add_bias(y, weights.bo), kv, out.aux
-
-
-def _alibi_slopes(cfg: ModelConfig) -> Array | None:
-    return jnp.asarray(attention.alibi_slopes(cfg.num_heads)) if cfg.positions == "alibi" else None
-
-
-def _rotation(cfg: ModelConfig, spec: LayerSpec, num_keys: int) -> Callable | None:
-    """The rotation (x, positions) -> x of a layer, None without rotary positions."""
-    rope = cfg.rope_of(spec)
-    if rope is None:
-        return None
-    inv_freq, scaling = inverse_frequencies(rope, cfg.head_dim, length=num_keys)
-    return partial(
-        rotate, inv_freq=jnp.asarray(inv_freq), interleaved=rope.interleaved, scaling=scaling
-    )
-
-
-def _append(kv, k: Array, v: Array, layer: Array, start: Array):
-    """Write T new keys and values at slot `start` of a layer; returns (kv, all k, all v)."""
-    write = lambda held, new: jax.lax.dynamic_update_slice(
-        held, new[None].astype(held.dtype), (layer, 0, start, 0, 0)
-    )
-    kv = (write(kv[0], k), write(kv[1], v))
-    read = lambda held, new: jax.lax.dynamic_index_in_dim(held, layer, keepdims=False).astype(
-        new.dtype
-    )
-    return kv, read(kv[0], k), read(kv[1], v)

@@ -6,14 +6,16 @@ Every parameter is an `nnx.Param` with one metadata key, `axes`: the logical nam
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxheads.models.configs import ModelConfig
+from jaxheads.parallel import constrain, ways
 from jaxheads.taps import NO_TAP, Tap
-from jaxheads.typing import Array
+from jaxheads.typing import Array, PyTree
 
 Initializer = Callable[..., Array]
 
@@ -160,13 +162,88 @@ def add_bias(y: Array, bias: nnx.Param | None) -> Array:
 
 
 def apply_mlp(mlp: MLP, x: Array, cfg: ModelConfig, tap: Tap = NO_TAP) -> Array:
-    """The MLP [B,T,M] -> [B,T,M]; `mlp_pre` is what the activation acts on."""
+    """The MLP [B,T,M] -> [B,T,M]; `mlp_pre` is what the activation acts on.
+
+    With `cfg.mlp_chunk` the tokens are taken in chunks, so that [B,T,F] exists neither forward nor
+    backward; unless `mlp_pre` or `mlp_post` are asked for, which are whole.
+    """
+    batch, length, _ = x.shape
+    groups = (ways("batch", batch), ways("length", length))
+    num_chunks = _num_chunks(cfg, batch // groups[0], length // groups[1])
+    if num_chunks == 1 or tap.wants("mlp_pre") or tap.wants("mlp_post"):
+        return _mlp(mlp, x, cfg, tap)
+    # Every device loops over its own tokens with its own copy of the weights, whose gradients are
+    # summed over devices once, after the loop.
+    axes = ("batch", "length")
+
+    def copy(w: nnx.Variable):
+        value = w.get_raw_value()
+        names = w.get_metadata()["axes"][-value.ndim :]
+        names = (*axes, *(name if name == "mlp" else None for name in names))
+        return w.replace(constrain(jnp.broadcast_to(value, (*groups, *value.shape)), names))
+
+    copies = jax.tree.map(copy, mlp, is_leaf=lambda w: isinstance(w, nnx.Variable))
+    cut = x.reshape(groups[0], -1, groups[1], num_chunks, length // groups[1] // num_chunks,
+                    cfg.model_dim)  # fmt: skip
+    chunks = constrain(jnp.transpose(cut, (3, 0, 2, 1, 4, 5)), (None, *axes, None, None, None))
+    y: Array = _map_chunks(partial(_grouped_mlp, cfg), copies, chunks)  # type: ignore[assignment]
+    return jnp.transpose(y, (1, 3, 2, 0, 4, 5)).reshape(x.shape)
+
+
+def _num_chunks(cfg: ModelConfig, rows: int, length: int) -> int:
+    """The fewest equal chunks of a device's positions with at most `cfg.mlp_chunk` tokens each."""
+    if not cfg.mlp_chunk:
+        return 1
+    least = min(length, -(-rows * length // cfg.mlp_chunk))
+    return next(n for n in range(least, length + 1) if length % n == 0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _map_chunks(fn: Callable, weights: PyTree, chunks: Array) -> Array:
+    """``fn(weights, chunk)`` of every chunk; the backward pass keeps nothing but its arguments.
+
+    Gradients of the weights are summed over the chunks in float32.
+    """
+    return jax.lax.map(partial(fn, weights), chunks)
+
+
+def _map_chunks_fwd(fn, weights, chunks):
+    return _map_chunks(fn, weights, chunks), (weights, chunks)
+
+
+def _map_chunks_bwd(fn, kept, cotangents):
+    weights, chunks = kept
+
+    def body(total, one):
+        chunk, cotangent = one
+        d_weights, d_chunk = jax.vjp(fn, weights, chunk)[1](cotangent)
+        return jax.tree.map(lambda t, d: t + d.astype(t.dtype), total, d_weights), d_chunk
+
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+    total, d_chunks = jax.lax.scan(body, zeros, (chunks, cotangents))
+    return jax.tree.map(lambda t, w: t.astype(w.dtype), total, weights), d_chunks
+
+
+_map_chunks.defvjp(_map_chunks_fwd, _map_chunks_bwd)
+
+
+def _grouped_mlp(cfg: ModelConfig, copies: MLP, x: Array) -> Array:
+    """`_mlp` of [b,n,B,T,M] with a copy [b,n, ...] of the weights for each group."""
+    one = lambda mlp, x: _mlp(mlp, x, cfg, NO_TAP)
+    return jax.vmap(jax.vmap(one))(copies, x)
+
+
+def _mlp(mlp: MLP, x: Array, cfg: ModelConfig, tap: Tap) -> Array:
     act = ACTIVATIONS[cfg.activation]
+    # The barriers keep the compiler for TPU from computing activations, and their gradients, inside
+    # the products that read them: it would do so again for every tile.
+    written = jax.lax.optimization_barrier
     into = lambda w, b: add_bias(jnp.einsum("btm,mf->btf", x, w[...].astype(x.dtype)), b)
     up = into(mlp.w_in, mlp.b_in)
     if mlp.w_gate is None:
         hidden = act(tap("mlp_pre", up))
     else:
-        hidden = act(tap("mlp_pre", into(mlp.w_gate, mlp.b_gate))) * up
+        gate, up = written((into(mlp.w_gate, mlp.b_gate), up))
+        hidden = written(act(tap("mlp_pre", gate)) * up)
     hidden = tap("mlp_post", hidden)
     return add_bias(jnp.einsum("btf,fm->btm", hidden, mlp.w_out[...].astype(x.dtype)), mlp.b_out)
