@@ -28,6 +28,8 @@ demo: $(VENV)/installed
 test: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python -m pytest -n $(WORKERS) -m "not slow and not gpu and not network"
 
+# Long tests run their programs often enough for optimising them to pay (see tests/conftest.py).
+test-slow: export XLA_FLAGS = --xla_backend_optimization_level=3 --xla_llvm_disable_expensive_passes=false
 test-slow: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python -m pytest -n $(WORKERS) -m "slow and not gpu and not network"
 

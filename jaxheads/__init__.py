@@ -8,11 +8,24 @@ quiet = jh.ablate(jh.forward, [(9, 6), (9, 9)])
 text = jh.generate(model, tokens, max_new_tokens=20, forward=quiet)
 """
 
-from jaxheads import attention, heads, models, parallel, taps
+from jaxheads import attention, discovery, heads, interventions, models, parallel, taps
 from jaxheads.checkpoints import load, save
 from jaxheads.data import Tokenizer
+from jaxheads.discovery import path_patch, sweep_heads, sweep_positions
 from jaxheads.generation import generate
-from jaxheads.interventions import ablate, scale_heads
+from jaxheads.heads import HeadScores
+from jaxheads.interventions import (
+    ablate,
+    bias_scores,
+    keep_subspace,
+    mask_heads,
+    override_pattern,
+    override_rows,
+    patch,
+    project_out,
+    scale_heads,
+    steer,
+)
 from jaxheads.models import Cache, Decoder, ModelConfig, Output, forward, init_cache
 from jaxheads.taps import NO_TAPS, SITES, Edit, Taps, intervene, record, sweep
 
@@ -24,23 +37,37 @@ __all__ = [
     "Cache",
     "Decoder",
     "Edit",
+    "HeadScores",
     "ModelConfig",
     "Output",
     "Taps",
     "Tokenizer",
     "ablate",
     "attention",
+    "bias_scores",
+    "discovery",
     "forward",
     "generate",
     "heads",
     "init_cache",
     "intervene",
+    "interventions",
+    "keep_subspace",
     "load",
+    "mask_heads",
     "models",
+    "override_pattern",
+    "override_rows",
     "parallel",
+    "patch",
+    "path_patch",
+    "project_out",
     "record",
     "save",
     "scale_heads",
+    "steer",
     "sweep",
+    "sweep_heads",
+    "sweep_positions",
     "taps",
 ]

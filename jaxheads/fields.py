@@ -26,6 +26,12 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {kind} {name!r}{hint} Known: {', '.join(known)}."
 
 
+def shorten(message: Any, most: int = 2000) -> str:
+    """A message that quotes a damaged file, without its middle where that is long."""
+    text = str(message)
+    return text if len(text) <= most else f"{text[: most * 3 // 4]} [...] {text[-most // 4 :]}"
+
+
 def parse(text: str, annotation: Any, name: str) -> Any:
     """`text` as a value of the annotated type: bool, int, float, str, tuples of them, or None.
 

@@ -7,6 +7,7 @@ has met a stop token; with a `callback` the same step runs from a Python loop.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -18,9 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import Mesh
 
 from jaxheads.models import Cache, Decoder, check_token_ids, compute_dtype, init_cache
 from jaxheads.models import forward as _forward
+from jaxheads.models.cache import cache_shape
 from jaxheads.taps import TappedForward, as_tapped
 from jaxheads.typing import Array, ArrayLike
 
@@ -202,6 +205,48 @@ def _run(forward, model, prompt, numbers, plan):
 
 _jit_start = jax.jit(_start, static_argnames="plan")
 _jit_advance = jax.jit(_advance, static_argnames="plan", donate_argnames="state")
+
+
+def lower(
+    part: str,
+    model: Decoder,
+    *,
+    batch_size: int,
+    prompt_length: int,
+    max_new_tokens: int,
+    mesh: Mesh | None = None,
+    forward: Callable[..., Any] = _forward,
+    cache_dtype: Any = None,
+) -> Any:
+    """One of the programs of `generate`, lowered but not run: what a plan compiles.
+
+    Args:
+      part: "prefill" (fill a fresh cache with the prompt) or "decode" (one token of every row).
+      model: a `Decoder` of `jax.ShapeDtypeStruct`, placed on `mesh` by their shardings.
+      batch_size: B.
+      prompt_length: T.
+      max_new_tokens: N; the cache has T+N-1 slots.
+    Returns:
+      `jax.jit(...).lower(...)` of greedy decoding without stop tokens.
+    """
+    if part not in ("prefill", "decode"):
+        raise ValueError(f"part={part!r} is neither 'prefill' nor 'decode'.")
+    dtype = compute_dtype(model.cfg) if cache_dtype is None else cache_dtype
+    plan = _Plan(num_new=max_new_tokens, top_k=None, cache_dtype=jnp.dtype(dtype).name)
+    struct: Any = jax.ShapeDtypeStruct
+    ids = lambda *shape: struct(shape, jnp.int32)
+    prompt = _Prompt(ids(batch_size, prompt_length), ids(batch_size))
+    numbers = _Numbers(None, ids(0), ids())
+    forward = as_tapped(forward)
+    on_mesh = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+    if part == "prefill":
+        with on_mesh:
+            return _jit_start.lower(forward, model, prompt, numbers, plan)
+    cache = cache_shape(model.cfg, batch_size, prompt_length + max_new_tokens - 1, dtype, mesh)
+    done = struct((batch_size,), jnp.bool_)
+    state = _State(ids(), ids(batch_size, prompt_length + max_new_tokens), done, cache)
+    with on_mesh:
+        return _jit_advance.lower(forward, model, prompt, numbers, plan, state)
 
 
 def _stream(forward, model, prompt, numbers, plan, callback: Callback) -> Array:

@@ -24,3 +24,20 @@ PyTree: TypeAlias = Any
 def is_traced(x: Any) -> bool:
     """Whether a value is not known until the program runs: an argument under `jax.jit` and such."""
     return isinstance(x, Tracer)
+
+
+def vary_like(tree: PyTree, *others: PyTree) -> PyTree:
+    """Inside shard_map, `tree` marked as varying over every mesh axis that `others` vary over.
+
+    The carry of a loop must be typed like its results, and cotangents like their primals.
+    """
+    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(others)))
+    return jax.tree.map(lambda x: _vary(x, axes - _varying(x)), tree)
+
+
+def _varying(x: Array) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _vary(x: Array, axes: frozenset[str]) -> Array:
+    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x

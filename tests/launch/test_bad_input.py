@@ -19,6 +19,7 @@ from jaxheads.checkpoints import orbax
 from jaxheads.data import Tokenizer
 from jaxheads.fields import to_json
 from jaxheads.models import Decoder
+from jaxheads.parallel import multihost
 from jaxheads.training import feed, loop
 from launch import flags
 from launch.train import resolve
@@ -179,7 +180,7 @@ CASES = {
     "model: choice": (setting("model.norm=batch"), V, "norm='batch' is not one of"),
     "model: activation": (setting("model.activation=gelo"), V, "activation='gelo' is not one of"),
     "model: positions": (setting("model.positions=sine"), V, "positions='sine' is not one of"),
-    "model: variant": (setting("model.attention=dence"), V, "no variant 'dence'; variants: dense"),
+    "model: variant": (setting("model.attention=dence"), V, "did you mean 'dense'"),
     "model: variant text": (setting("model.attention=dense*"), V, "cannot read 'dense*'; write"),
     "model: window": (setting("model.window=0"), V, "window=(0,) must hold positive widths"),
     "model: remat": (setting("model.remat=half"), V, "remat='half' is not one of none, full"),
@@ -263,8 +264,12 @@ CASES = {
     "checkpoint: fewer steps": (with_checkpoint(steps="3"), V, "holds step 5, but steps=3"),
     "checkpoint: none": (lambda tmp: orbax.load_model(tmp), V, "holds no complete checkpoint"),
     "devices: too late": (simulate, V, "simulated_devices=3 comes too late"),
-    "processes": (lambda tmp: flags.parse_processes("host,0,2"), V, "processes='host,0,2' cannot"),
-    "processes: index": (lambda tmp: flags.parse_processes("h:1,2,2"), V, "INDEX below COUNT"),
+    "processes": (
+        lambda tmp: multihost.parse_processes("host,0,2"),
+        V,
+        "processes='host,0,2' cannot",
+    ),
+    "processes: index": (lambda tmp: multihost.parse_processes("h:1,2,2"), V, "INDEX below COUNT"),
     "tokenizer: id": (
         lambda tmp: Tokenizer.load("bytes").decode([999]),
         V,

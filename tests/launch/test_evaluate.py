@@ -48,7 +48,7 @@ def test_text_and_tasks_with_and_without_heads(model_dir, tmp_path):
     ]  # fmt: skip
     content = json.loads((tmp_path / "out/results.json").read_text())
     assert content["edited_heads"] == [[0, 1], [1, 0]]
-    assert content["flags"]["factor"] == 9 and "launch" in content["command"][0]
+    assert content["flags"]["factor"] == 9 and content["command"][2] == "launch.evaluate"
     baseline, scaled = content["results"]["baseline"], content["results"]["scale"]
     assert baseline["text"]["tokens"] == 2 * 4 * 32 and baseline["tasks"]["examples"] == 2
     assert baseline["text"]["loss"] == pytest.approx(np.log(384), rel=0.02)  # nothing learned

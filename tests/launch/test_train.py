@@ -107,7 +107,7 @@ def test_a_run_from_start_to_end_and_on(environment, corpus, tmp_path):
     assert config["model"]["vocab_size"] == 384  # the tokenizer's
     assert config["mesh"] == "data:2" and config["train"]["steps"] == 40
     assert config["data"]["path"] == str(corpus) and config["data"]["seq_len"] == 32
-    assert config["versions"]["jax"] and config["command"][0].endswith("train.py")
+    assert config["versions"]["jax"] and config["command"][:3] == ["python", "-m", "launch.train"]
     assert list((tmp_path / "tensorboard").glob("events.out.*"))
     assert (tmp_path / "sample.txt").read_text().startswith("def ")
     assert (tmp_path / "tokenizer.json").is_file()

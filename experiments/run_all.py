@@ -1,0 +1,118 @@
+"""RESULTS.md from the claims.json files in experiments/results/, and the runs that write them.
+
+    python -m experiments.run_all                      # RESULTS.md from what is there
+    python -m experiments.run_all --run=mixers         # run an experiment again first
+    python -m experiments.run_all --run=all
+
+The results of `python -m experiments.NAME` are kept in `experiments/results/NAME/`: claims.json,
+table.md, figure.png. The exit code is 1 when a claim fails.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags as absl_flags
+
+from experiments import common
+from jaxheads.fields import unknown
+from launch import flags
+
+_ROOT = Path(__file__).parent.parent
+RESULTS = _ROOT / "experiments" / "results"
+_HEAD = """# Results
+
+What the experiments claim and measured. Written by `python -m experiments.run_all` from
+`experiments/results/*/claims.json`; claims that fail are listed as such.
+"""
+
+
+def read(results: Path) -> dict[str, dict[str, Any]]:
+    """name -> the content of its claims.json, in order of name."""
+    found = sorted(results.glob("*/claims.json"))
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in found}
+
+
+def report(contents: Mapping[str, Mapping[str, Any]], figures: str = "experiments/results") -> str:
+    """RESULTS.md: an overview, then claims and table of every experiment.
+
+    Args:
+      contents: name -> content of a claims.json.
+      figures: folder of the results, as linked from RESULTS.md.
+    """
+    rows = [{"experiment": name, **_count(c["claims"])} for name, c in contents.items()]
+    parts = [_HEAD, common.markdown(rows)] if rows else [_HEAD]
+    parts += [_section(name, content, figures) for name, content in contents.items()]
+    return "\n".join(parts)
+
+
+def _count(claims: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    return {"claims": len(claims), "hold": sum(bool(claim["holds"]) for claim in claims)}
+
+
+def _section(name: str, content: Mapping[str, Any], figures: str) -> str:
+    versions = content.get("versions", {})
+    claims = [
+        {
+            "claim": claim["name"],
+            "measured": claim["measured"],
+            "needed": claim["needed"],
+            "holds": "yes" if claim["holds"] else "**no**",
+        }
+        for claim in content["claims"]
+    ]
+    machine = content.get("machine", {})
+    lines = [
+        f"## {name}\n",
+        f"    {' '.join(content.get('command', []))}\n",
+        f"{content.get('seconds', '?')} s on {machine.get('devices', '?')}, "
+        f"{machine.get('cores', '?')} cores, {machine.get('system', '?')}; "
+        f"jax {versions.get('jax', '?')}, commit {str(content.get('git'))[:12]}.\n",
+        common.markdown(claims),
+    ]
+    if content.get("table"):
+        lines.append(common.markdown(content["table"]))
+    if (RESULTS / name / "figure.png").exists():
+        lines.append(f"![{name}]({figures}/{name}/figure.png)\n")
+    return "\n".join(lines)
+
+
+def run(name: str) -> int:
+    """Runs one experiment; its results replace those kept. The exit code is its own."""
+    workdir = (RESULTS / name).relative_to(_ROOT)  # the command is kept: no path of this machine
+    command = ["-m", f"experiments.{name}", f"--workdir={workdir}"]
+    print("python", *command, flush=True)
+    return subprocess.run([sys.executable, *command], cwd=_ROOT).returncode
+
+
+def define_flags() -> None:
+    """Defines the flags of this script."""
+    flags.define_common()
+    absl_flags.DEFINE_list("run", [], "Experiments to run first: names, or 'all'.")
+    absl_flags.DEFINE_string("out", str(_ROOT / "RESULTS.md"), "Where the report goes.")
+
+
+def main() -> int:
+    """Runs what was asked for, then writes the report."""
+    given = absl_flags.FLAGS
+    known = sorted(path.parent.name for path in RESULTS.glob("*/claims.json"))
+    for name in known if given.run == ["all"] else given.run:
+        if not (RESULTS.parent / f"{name}.py").exists():
+            raise ValueError(unknown("experiment", name, known))
+        if run(name) not in (0, common.EXIT_CLAIM_FAILED):
+            raise ValueError(f"experiments.{name} did not finish; its own message is above.")
+    contents = read(RESULTS)
+    Path(given.out).write_text(report(contents), encoding="utf-8")
+    claims = [claim for content in contents.values() for claim in content["claims"]]
+    print(f"{given.out}: {len(contents)} experiments, {_count(claims)}")
+    return 0 if all(claim["holds"] for claim in claims) else common.EXIT_CLAIM_FAILED
+
+
+if __name__ == "__main__":
+    define_flags()
+    flags.run(main)
