@@ -42,7 +42,7 @@ from jaxheads.taps import record
 from jaxheads.typing import Array
 from launch import flags
 
-_PLAIN = "residual_norm=false,max_grad_norm=4"
+_PLAIN = "residual_norm=false,max_grad_norm=4,max_outer_growth=0"
 _BASE = f"depth=1,theta_max=1,{_PLAIN}"
 PARTS = {
     "full": f"{_BASE},persistent=4",

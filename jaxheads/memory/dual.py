@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxheads.memory import outer
 from jaxheads.memory.decays import Decays
 from jaxheads.memory.network import (
     Inner,
@@ -83,6 +84,7 @@ def chunk_step(
     chunk: Chunk,
     inner: Inner,
     initial_momentum: Weights | None = None,
+    reads: tuple[Weights, Weights] | None = None,
 ) -> tuple[Weights, Weights, ChunkOut]:
     """Read and write one chunk.
 
@@ -91,16 +93,19 @@ def chunk_step(
       ref: the weights at which the gradients are taken.
       initial: the weights a new document starts with; None when none begins here.
       initial_momentum: its momentum; None: none.
+      reads: `weights` and `momentum` again, for the tokens to read (`outer.Routes`).
     Returns:
       The weights and the momentum after the last token, and what was read.
     """
     inputs, deltas, surprise = write_terms(ref, initial, chunk, inner)
     h = chunk.q
     new_weights, new_momentum = [], []
+    read_weights, read_momentum = (weights, momentum) if reads is None else reads
     for layer, (w, s, x, d) in enumerate(zip(weights, momentum, inputs, deltas)):
         decay = chunk.decays[min(layer, len(chunk.decays) - 1)]
         h = gelu(h) if layer else h
-        z = dot(decay.weights * h, w, inner) + dot(decay.momentum * h, s, inner)
+        z = dot(decay.weights * h, read_weights[layer], inner)
+        z = z + dot(decay.momentum * h, read_momentum[layer], inner)
         if initial is not None and decay.initial is not None:
             z = z + dot(decay.initial * h, initial[layer], inner)
         if initial_momentum is not None and decay.initial_momentum is not None:
@@ -133,13 +138,19 @@ def scan_chunks(
     Only the states between chunks are kept for the backward pass.
     """
 
-    @jax.checkpoint
-    def body(carry: tuple[Weights, Weights], chunk: Chunk):
-        w, s = carry
-        w, s, out = chunk_step(w, s, w, None, chunk, inner)
-        return (w, s), out
+    growth = inner.max_outer_growth
 
-    (weights, momentum), out = jax.lax.scan(body, (weights, momentum), chunks)
+    @jax.checkpoint
+    def body(carry: tuple[Weights, Weights, Array | None], chunk: Chunk):
+        w, s, total = carry
+        to = outer.split(w, s, None, total, growth)
+        w, s, out = chunk_step(to.weights, to.momentum, to.ref, None, chunk, inner, None, to.reads)
+        return (w, s, to.total), out
+
+    total = None if growth is None else outer.begin(weights)
+    (weights, momentum, total), out = jax.lax.scan(body, (weights, momentum, total), chunks)
+    if total is not None:
+        weights, momentum = outer.end((weights, momentum), total)
     return weights, momentum, out
 
 
@@ -160,19 +171,28 @@ def scan_slots(
       complete: [chunks, B] True where the chunk's last slot has been reached.
     """
 
+    growth = inner.max_outer_growth
+
     @jax.checkpoint
     def body(carry, xs):
-        w, s, ref = carry
         chunk, complete = xs
-        w, s, out = chunk_step(w, s, ref, initial, chunk, inner, initial_momentum)
+        to = outer.split(*carry, growth)
+        w, s, out = chunk_step(
+            to.weights, to.momentum, to.ref, initial, chunk, inner, initial_momentum, to.reads
+        )
+        ref = to.ref
         if chunk.fresh is not None and initial is not None:
             begun = chunk.fresh[..., -1, None, None]
             ref = [jnp.where(begun, new, old) for new, old in zip(initial, ref)]
         done = complete[:, None, None, None]
         ref = [jnp.where(done, new, old) for new, old in zip(w, ref)]
-        return (w, s, ref), out
+        return (w, s, ref, to.total), out
 
-    (weights, momentum, ref), out = jax.lax.scan(body, (weights, momentum, ref), (chunks, complete))
+    total = None if growth is None else outer.begin(weights)
+    carry = (weights, momentum, ref, total)
+    (weights, momentum, ref, total), out = jax.lax.scan(body, carry, (chunks, complete))
+    if total is not None:
+        weights, momentum, ref = outer.end((weights, momentum, ref), total)
     return weights, momentum, ref, out
 
 

@@ -38,6 +38,8 @@ class Inner:
     stop_inner_grad: bool = False
     max_grad_norm: float | None = None
     """Soft limit of the norm of one token's gradient, over all layers together."""
+    max_outer_growth: float | None = None
+    """Limit of the derivatives that go back through the inner gradients (`outer.py`)."""
     precision: str = "highest"
     """Of the inner products. On TPU "default" rounds their inputs to bfloat16."""
 

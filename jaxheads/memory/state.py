@@ -62,6 +62,9 @@ def check_options(inner: Inner, chunk: int, impl: str) -> None:
     limit = inner.max_grad_norm
     if limit is not None and not limit > 0:
         raise ValueError(f"max_grad_norm={limit}: must be positive, or None for no limit.")
+    growth = inner.max_outer_growth
+    if growth is not None and not growth > 0:
+        raise ValueError(f"max_outer_growth={growth}: must be positive, or None for no limit.")
 
 
 def check_params(params: Sequence[Array], head_dim: int, num_heads: int) -> None:

@@ -72,6 +72,7 @@ def neural_memory(
     impl: str = "dual",
     stop_inner_grad: bool = False,
     max_grad_norm: float | None = None,
+    max_outer_growth: float | None = None,
     channel_alpha: Array | None = None,
     mask: Array | None = None,
     reset: Array | None = None,
@@ -101,6 +102,9 @@ def neural_memory(
       stop_inner_grad: treat the gradients `u_t` as constants in the backward pass. Keys and values
         then learn nothing from being written.
       max_grad_norm: c, limits `u_t` softly: `u_t c tanh(|u_t| / c) / |u_t|`, |.| over all layers.
+      max_outer_growth: limits what the backward pass hands from chunk to chunk to this multiple of
+        what later tokens read (`outer.py`); smaller derivatives, and all values, are exact.
+        `impl="dual"` only.
       channel_alpha: [B,T,H,D] forgetting of the rows of the first layer's matrix (its input
         channels), in place of `alpha` there.
       mask: [B,T] bool, False for padding: neither written nor counted; `y` is 0 there.
@@ -142,6 +146,7 @@ def neural_memory(
         impl=impl,
         stop_inner_grad=stop_inner_grad,
         max_grad_norm=max_grad_norm,
+        max_outer_growth=max_outer_growth,
         channel_alpha=channel_alpha,
         mask=mask,
         reset=reset,
@@ -204,6 +209,8 @@ def run_memory(
         )
     if state is not None:
         check_state(state, params, batch, dtype, chunk)
+    if inner.max_outer_growth is not None and impl != "dual":
+        raise NotImplementedError(f"impl={impl!r} takes no max_outer_growth; use impl='dual'.")
     if initial_momentum is not None and impl != "dual":
         raise NotImplementedError(f"impl={impl!r} takes no initial_momentum; use impl='dual'.")
     aligned = mask is None and (aligned or is_at_chunk_start(state))

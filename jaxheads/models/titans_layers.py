@@ -98,7 +98,8 @@ def inner_options(options: MemoryOptions) -> dict[str, Any]:
     """The settings of the recurrence."""
     names = ("chunk", "loss", "residual_norm", "read", "stop_inner_grad")
     settings = {name: getattr(options, name) for name in names}
-    return dict(settings, max_grad_norm=options.max_grad_norm or None)
+    limits = {n: getattr(options, n) or None for n in ("max_grad_norm", "max_outer_growth")}
+    return settings | limits
 
 
 def choose_rows(rows: Array, new: Any, old: Any) -> Any:

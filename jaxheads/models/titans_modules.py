@@ -21,8 +21,8 @@ from jaxheads.parallel import constrain
 from jaxheads.taps import NO_TAP, Tap
 from jaxheads.typing import Array
 
-GATE_BIAS: Mapping[str, float] = {"theta": 0.0, "eta": 0.0, "alpha": -4.0}
-"""Before training: step theta_max / 2, half of the momentum kept, about 2 % forgotten a token."""
+GATE_BIAS: Mapping[str, float] = {"theta": 0.0, "eta": 0.0}
+"""Before training: step theta_max / 2, half of the momentum kept. Forgetting: `forget_bias`."""
 L2_EPS = 1e-6
 HEADS = ("batch", "length", "act_heads", None)
 KV_HEADS = ("batch", "length", "act_kv_heads", None)
@@ -61,12 +61,10 @@ class NeuralMemory(nnx.Module):
         weight = lambda: param(
             rngs, (m, h, *gates), ("embed", "heads", *gate_axes), fan_in(1), dtype
         )
-        bias = lambda name: param(
-            rngs, (h, *gates), ("heads", *gate_axes), constant(GATE_BIAS[name]), dtype
-        )
-        self.w_theta, self.b_theta = weight(), bias("theta")
-        self.w_eta, self.b_eta = weight(), bias("eta")
-        self.w_alpha, self.b_alpha = weight(), bias("alpha")
+        bias = lambda value: param(rngs, (h, *gates), ("heads", *gate_axes), constant(value), dtype)
+        self.w_theta, self.b_theta = weight(), bias(GATE_BIAS["theta"])
+        self.w_eta, self.b_eta = weight(), bias(GATE_BIAS["eta"])
+        self.w_alpha, self.b_alpha = weight(), bias(options.forget_bias)
         start = init_memory(rngs.params(), h, d, options.depth, options.expansion)
         self.start = nnx.List(
             [nnx.Param(w.astype(dtype), axes=("heads", None, None)) for w in start]

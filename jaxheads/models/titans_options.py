@@ -29,12 +29,14 @@ class MemoryOptions:
     residual_norm: bool = True  # M(x) = x + LN(mlp(x)) instead of mlp(x)
     theta_max: float = 0.1  # largest step size of the inner gradient descent
     max_grad_norm: float = 1.0  # soft limit of a token's inner gradient; 0: none (NaN when deep)
+    max_outer_growth: float = 4.0  # limit of derivatives through inner gradients; 0: none (NaN too)
     loss: str = "half"  # inner loss: half | sum | mean (over head_dim)
     read: str = "post"  # post | pre: a token reads the memory after or before its own write
     conv: int = 4  # width of the causal depthwise convolution of k, v, q; 1: none
     persistent: int = 128  # N_p, learned tokens before the sequence; 0: none
     momentum: bool = True  # False: eta = 0
     forgetting: bool = True  # False: alpha = 0
+    forget_bias: float = -4.0  # of the forgetting gate before training: sigmoid(-4) = 2 % a token
     learning: bool = True  # False: theta = 0, a memory frozen at its learned start
     stop_inner_grad: bool = False  # train through the memory as if its gradients were constants
     per_layer_gates: bool = False  # gates of their own for every matrix of the memory
@@ -48,8 +50,9 @@ class MemoryOptions:
             raise ValueError(f"persistent={self.persistent} must not be negative.")
         if not 0 < self.theta_max <= 1:
             raise ValueError(f"theta_max={self.theta_max} must be above 0 and at most 1.")
-        if not self.max_grad_norm >= 0:
-            raise ValueError(f"max_grad_norm={self.max_grad_norm} must not be negative.")
+        for name in ("max_grad_norm", "max_outer_growth"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         choices = {"loss": LOSSES, "read": ("post", "pre"), "documents": ("reset", "carry")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

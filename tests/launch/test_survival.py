@@ -200,9 +200,9 @@ def test_a_full_disk(environment, common, crowded):
     take(process.pid)
     ((code, _, err),) = finish([process])
     assert code == 2, err
-    last = err.splitlines()[-2]
+    # Anywhere: threads of Orbax that end later write lines of their own behind it.
     assert re.search(r"checkpoint of step \d+ could not be written to .*"
-                     r"(No space left on device|File too large)", last), err  # fmt: skip
+                     r"(No space left on device|File too large)", err), err  # fmt: skip
     sound = [n for n in complete(workdir) if checksums.is_complete(workdir / f"checkpoints/{n}")]
     assert 3 in sound
     for number in sound:
