@@ -28,9 +28,8 @@ from jaxheads.typing import Array
 from launch import flags
 
 LENGTH, BATCH, VOCAB = 128, 8, 256
-_MEMORY = (
-    "depth=1,residual_norm=false,theta_max=0.5,max_grad_norm=4,max_outer_growth=0,persistent=4"
-)
+_LIMITS = "max_grad_norm=4,max_outer_growth=0"
+_MEMORY = f"depth=1,residual_norm=false,theta_max=0.5,{_LIMITS},persistent=4"
 MODELS: dict[str, dict[str, Any]] = {
     "mac": {"architecture": f"titans-mac({_MEMORY},segment=32)"},
     "mag": {"architecture": f"titans-mag({_MEMORY},window=32)"},

@@ -1,11 +1,11 @@
 """Does training through a deep memory stay finite, and what breaks it?
 
-A decoder of one `titans-lmm` layer with a memory of depth 4 learns the source of the Python standard
-library, byte by byte, in rows of 4,096, in bfloat16 outside the inner loop (which is float32 by
-construction). Claims: with the default settings of the layer no loss, gradient or memory is NaN or
-infinite in any of the steps, and the loss falls. The same with `forget_bias=-6`, under which the
-memory lasts: by default a token forgets 2 % of each of the four matrices, and the memory has decayed
-to nothing at the end of a row (its norm is in the table). Settings that are meant to break:
+A decoder of one `titans-lmm` layer with a memory of depth 4 learns the source of the Python
+standard library, byte by byte, in rows of 4,096, in bfloat16 outside the inner loop (which is
+float32 by construction). Claims: with the default settings of the layer no loss, gradient or memory
+is NaN or infinite in any of the steps, and the loss falls. The same with `forget_bias=-6`, under
+which the memory lasts: by default a token forgets 2 % of each of the four matrices, and the memory
+has decayed to nothing at the end of a row (its norm is in the table). Settings that should break:
 
     no outer limit   lasting, max_outer_growth=0: values are finite, but derivatives grow from chunk
                      to chunk on their way back until they overflow

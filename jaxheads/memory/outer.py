@@ -9,7 +9,7 @@ hundreds of chunks overflows though every loss is finite.
 With a limit g, per row and head, the derivative may not exceed g times what the tokens from here on
 have read, and what the end state was asked for:
 
-    |dW| + |dS| + |dM_ref|  <=  g (sum of |dW|, |dS| of the reads of this and later chunks + |d end|)
+    |dW| + |dS| + |dM_ref|  <=  g (|dW| + |dS| of the reads, over this and later chunks, + |d end|)
 
 Smaller derivatives are exact. The sum travels as the cotangent of an array of zeros that is carried
 along with the state.
