@@ -175,8 +175,9 @@ def scan_slots(
 
     @jax.checkpoint
     def body(carry, xs):
+        w, s, ref, total = carry
         chunk, complete = xs
-        to = outer.split(*carry, growth)
+        to = outer.split(w, s, ref, total, growth)
         w, s, out = chunk_step(
             to.weights, to.momentum, to.ref, initial, chunk, inner, initial_momentum, to.reads
         )

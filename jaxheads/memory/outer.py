@@ -77,6 +77,7 @@ def _limited_fwd(growth, weights, momentum, ref, total):
 
 def _limited_bwd(growth, has_ref, routes: Routes):
     add = lambda a, b: jax.tree.map(jnp.add, a, b)
+    assert routes.total is not None  # there is a limit
     total = routes.total + norm(routes.reads[0]) + norm(routes.reads[1])
     weights = add(routes.reads[0], routes.weights)
     momentum = add(routes.reads[1], routes.momentum)

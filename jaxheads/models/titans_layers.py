@@ -114,7 +114,13 @@ def lead_of(memory: NeuralMemory, options: MemoryOptions, persistent: Array | No
     if persistent is None:
         return Lead(start, Tails(None, None, None), None)
     tokens, tails = project(memory, options, persistent[None])
-    out = run_memory(*tokens, memory.initial(), state=start, aligned=True, **inner_options(options))
+    out = run_memory(
+        **tokens._asdict(),
+        params=memory.initial(),
+        state=start,
+        aligned=True,
+        **inner_options(options),
+    )
     one = lambda a: None if a is None else a[0]
     return Lead(out.state, Tails(*map(one, tails)), out.y)
 
@@ -158,8 +164,8 @@ def remember(
         place(start.weights), place(start.momentum), place(start.ref_weights), start.offset
     )
     return run_memory(
-        *tokens,
-        [w[0] for w in lead.memory.weights],
+        **tokens._asdict(),
+        params=[w[0] for w in lead.memory.weights],
         state=start,
         mask=docs.real,
         reset=docs.reset,

@@ -291,7 +291,9 @@ def _whole(shared: _Layer, call: LayerInput, q: Array, k: Array, v: Array, recal
         tokens, tails = project(memory, options, a, tails=tails, tap=inner)
         if spare:
             tokens = _only_real(tokens, real)
-        out = run_memory(*tokens, params, state=state, aligned=True, **inner_options(options))
+        out = run_memory(
+            **tokens._asdict(), params=params, state=state, aligned=True, **inner_options(options)
+        )
         y = _keep_inner(inner, out)
         if options.mode == "literal":
             y = memory_read(out.state, tokens.q, residual_norm=options.residual_norm)
@@ -316,6 +318,7 @@ def _only_real(tokens: Tokens, real: Array) -> Tokens:
         theta=set_to(tokens.theta, 0.0),
         eta=set_to(tokens.eta, 1.0),
         alpha=set_to(tokens.alpha, 0.0),
+        channel_alpha=None if tokens.channel_alpha is None else set_to(tokens.channel_alpha, 0.0),
     )
 
 
@@ -416,8 +419,8 @@ def _write(shared, held: MacState, a, ids, reset, inner: Tap, has_resets: bool, 
     joined = links(ids, held.tails_ids, count) if options.conv > 1 else None
     tokens, tails = project(memory, options, a, tails=held.tails, joined=joined, tap=inner)
     out = run_memory(
-        *tokens,
-        memory.initial(),
+        **tokens._asdict(),
+        params=memory.initial(),
         state=held.memory,
         mask=ids != 0,
         reset=reset if has_resets else None,

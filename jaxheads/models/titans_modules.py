@@ -7,6 +7,7 @@ causal depthwise convolution, gates, persistent tokens, read-out and the gate th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -65,6 +66,10 @@ class NeuralMemory(nnx.Module):
         self.w_theta, self.b_theta = weight(), bias(GATE_BIAS["theta"])
         self.w_eta, self.b_eta = weight(), bias(GATE_BIAS["eta"])
         self.w_alpha, self.b_alpha = weight(), bias(options.forget_bias)
+        by_channel = options.channelwise_alpha
+        channels = partial(param, rngs, (h, d), ("heads", "head_dim"))
+        self.w_channels = into() if by_channel else None
+        self.b_channels = channels(constant(options.forget_bias), dtype) if by_channel else None
         start = init_memory(rngs.params(), h, d, options.depth, options.expansion)
         self.start = nnx.List(
             [nnx.Param(w.astype(dtype), axes=("heads", None, None)) for w in start]
@@ -233,7 +238,8 @@ class Tails(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What the memory is given: k, v, q [B,T,H,D]; theta, eta, alpha [B,T,H] or [B,T,H,L]."""
+    """What the memory is given: k, v, q [B,T,H,D]; theta, eta, alpha [B,T,H] or [B,T,H,L]; and
+    channel_alpha [B,T,H,D] where the first layer's input channels are forgotten one by one."""
 
     k: Array
     v: Array
@@ -241,6 +247,7 @@ class Tokens(NamedTuple):
     theta: Array
     eta: Array
     alpha: Array
+    channel_alpha: Array | None = None
 
 
 def project_one(memory, name: str, x: Array, tail, joined, lead) -> tuple[Array, Array | None]:
@@ -275,15 +282,21 @@ def project(
     k, v = tap("mem_k", l2_normalize(k)), tap("mem_v", v)
     q = tap("mem_q", l2_normalize(q))
 
-    def gate_of(name: str, scale: float, use: bool, otherwise: float) -> Array:
+    def sigmoid_of(name: str) -> Array:
         weight, bias = getattr(memory, f"w_{name}")[...], getattr(memory, f"b_{name}")[...]
         wide = jnp.promote_types(x.dtype, jnp.float32)
         y = jnp.einsum("btm,mh...->bth...", x.astype(wide), weight.astype(wide))
-        y = scale * jax.nn.sigmoid(y + bias.astype(wide))
+        return jax.nn.sigmoid(y + bias.astype(wide))
+
+    def gate_of(name: str, scale: float, use: bool, otherwise: float) -> Array:
+        y = scale * sigmoid_of(name)
         y = y if use else jnp.full_like(y, otherwise)
         return tap(f"mem_{name}", y)
 
     theta = gate_of("theta", options.theta_max, options.learning, 0.0)
     eta = gate_of("eta", 1.0, options.momentum, 0.0)
     alpha = gate_of("alpha", 1.0, options.forgetting, 0.0)
-    return Tokens(k, v, q, theta, eta, alpha), Tails(tail_k, tail_v, tail_q)
+    channels = None
+    if memory.w_channels is not None:
+        channels = sigmoid_of("channels")
+    return Tokens(k, v, q, theta, eta, alpha, channels), Tails(tail_k, tail_v, tail_q)

@@ -40,12 +40,16 @@ class MemoryOptions:
     learning: bool = True  # False: theta = 0, a memory frozen at its learned start
     stop_inner_grad: bool = False  # train through the memory as if its gradients were constants
     per_layer_gates: bool = False  # gates of their own for every matrix of the memory
+    # Forget each input channel of the first matrix by itself; the tap mem_alpha is of the others.
+    channelwise_alpha: bool = False
     documents: str = "reset"  # reset | carry: what becomes of the memory where a document begins
 
     def __post_init__(self):
         for name in ("chunk", "depth", "expansion", "conv"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.channelwise_alpha and not self.forgetting:
+            raise ValueError("channelwise_alpha=True has no meaning with forgetting=False.")
         if self.persistent < 0:
             raise ValueError(f"persistent={self.persistent} must not be negative.")
         if not 0 < self.theta_max <= 1:

@@ -147,7 +147,7 @@ def test_mag_is_its_formula():
         z = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), v)
         a = jnp.einsum("bthd,hdm->btm", z, w.wo[...])
         tokens, _ = project(layer.memory, options, xt)
-        y, _ = neural_memory(*tokens, layer.memory.initial(), chunk=4, max_grad_norm=1.0)
+        y, _ = neural_memory(*tokens[:6], layer.memory.initial(), chunk=4, max_grad_norm=1.0)
         m = jnp.einsum("bthd,hdm->btm", y, layer.readout[...])
         norm = lambda u: u / jnp.sqrt(jnp.mean(u**2, -1, keepdims=True) + cfg.norm_eps)
         return norm(a) * jax.nn.sigmoid(norm(m))

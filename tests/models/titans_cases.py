@@ -15,7 +15,7 @@ _SMALL = dict(vocab_size=61, num_layers=2, model_dim=16, num_heads=2, mlp_dim=24
 CASES = {
     "lmm": "titans-lmm(chunk=4,persistent=5)",
     "mag": "titans-mag(chunk=4,persistent=5,window=6)",
-    "mal": "titans-mal(chunk=4,persistent=3,window=6)",
+    "mal": "titans-mal(chunk=4,persistent=3,window=6,channelwise_alpha=true)",
     "mac": "titans-mac(chunk=4,persistent=3,segment=8)",
     "mac-pooled": "titans-mac(chunk=4,persistent=0,segment=8,memory_tokens=2,depth=1)",
 }
