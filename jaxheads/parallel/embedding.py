@@ -1,0 +1,412 @@
+"""Embedding tables split by rows over the devices of a mesh, and lookups in them.
+
+A table [V,d] is dealt out like cards: device ``id % n`` holds row ``id`` as its row ``id // n``.
+Ids sorted by frequency then load all devices alike. The whole array, device after device, is the
+table in *round-robin order* (`to_round_robin`), rows padded to a multiple of n.
+
+    rows, overflow = lookup(table, ids, mesh)                      # outside shard_map
+    rows, overflow = sharded_lookup(shard, ids, axis_name="data")  # inside
+
+Both equal ``table[ids]``, and their gradients equal its scatter-add. Two methods, for m ids on each
+of n devices and a width of d:
+
+    psum_scatter   every device answers all n m ids, with zeros for rows it does not own;
+                   a reduce-scatter brings the answers home        about n m d numbers a device
+    all_to_all     each id once, to its owner: C = capacity_factor m / n places between every two
+                   devices                                         about capacity_factor m d
+
+When more than C distinct rows are wanted from one device the others do not fit: they are counted
+(`overflow`), and never silently wrong: NaN, or looked up again by psum_scatter (`lookup`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+
+from jaxheads.fields import unknown
+from jaxheads.parallel.rules import RULES
+from jaxheads.typing import Array, is_traced, vary_like
+
+P = jax.P
+AxisName = str | tuple[str, ...]
+ON_OVERFLOW = ("fallback", "report")
+
+
+class Lookup(NamedTuple):
+    """What a lookup returns."""
+
+    rows: Array
+    """[...,d]; NaN for ids outside the table and for rows that did not fit."""
+    overflow: Array
+    """[] int32: distinct rows that did not fit, summed over devices."""
+
+
+class Route(NamedTuple):
+    """Which rows every device wants of every other: integers only.
+
+    It serves every table of as many rows, whatever its width, so tables that are read at the same
+    ids (attention and representation of an item) exchange the ids once.
+    """
+
+    asked: Array
+    """[n,C] rows of this shard that each device asks for; the number of rows where it asks none."""
+    place: Array
+    """[m] where the row of an id stands among the answers; their number for an id without one."""
+    missing: Array
+    """[] int32: distinct rows that this device wants and that did not fit."""
+
+
+def padded_rows(num_rows: int, num_shards: int) -> int:
+    """The rows of a table with `num_rows` ids over `num_shards` devices: a multiple of them."""
+    return -(-num_rows // num_shards) * num_shards
+
+
+def to_round_robin(table: Any, num_shards: int) -> Any:
+    """A table [V,...] in the order in which it is split: row ``id`` goes to
+    ``(id % n) * ceil(V / n) + id // n``; padding rows are zero."""
+    rows = padded_rows(table.shape[0], num_shards)
+    xp = np if isinstance(table, np.ndarray) else jnp
+    rest = table.shape[1:]
+    padded = xp.pad(table, [(0, rows - table.shape[0])] + [(0, 0)] * len(rest))
+    return padded.reshape(rows // num_shards, num_shards, *rest).swapaxes(0, 1).reshape(rows, *rest)
+
+
+def from_round_robin(table: Any, num_shards: int, num_rows: int) -> Any:
+    """The inverse of `to_round_robin`: [V,...] with V = `num_rows`."""
+    rows, rest = table.shape[0], table.shape[1:]
+    if rows != padded_rows(num_rows, num_shards):
+        raise ValueError(
+            f"a table of {num_rows} ids over {num_shards} devices has "
+            f"{padded_rows(num_rows, num_shards)} rows, but this one has {rows}."
+        )
+    dealt = table.reshape(num_shards, rows // num_shards, *rest)
+    return dealt.swapaxes(0, 1).reshape(rows, *rest)[:num_rows]
+
+
+def capacity(num_ids: int, num_shards: int, capacity_factor: float) -> int:
+    """C: places for rows between two devices, of `num_ids` ids a device."""
+    return max(1, min(num_ids, math.ceil(capacity_factor * num_ids / num_shards)))
+
+
+def sharded_lookup(
+    table_shard: Array,
+    ids: Array,
+    *,
+    axis_name: AxisName,
+    method: str = "psum_scatter",
+    capacity_factor: float = 2.0,
+    num_rows: int | None = None,
+) -> Lookup:
+    """``table[ids]`` inside `jax.shard_map`, for a table split over `axis_name`.
+
+    The gradient is that of ``table[ids]``: repeated ids, of this device and of others, add up (in
+    float32). Ids outside the table give rows of NaN, so that a loss shows them.
+
+    Args:
+      table_shard: [R,d] this device's rows, float; the table has n R of them.
+      ids: [m] int, this device's; m is the same on all.
+      axis_name: one or several mesh axes, in the order of the table's `PartitionSpec`.
+      method: "psum_scatter", or "all_to_all", whose overflow must be looked at.
+      capacity_factor: places for ids, relative to a perfect spread over devices; for all_to_all.
+        n always suffices.
+      num_rows: ids of the table, without padding; default: n R.
+    Returns:
+      `Lookup`, rows [m,d].
+    """
+    route = make_route(
+        ids,
+        table_shard.shape[0],
+        axis_name=axis_name,
+        method=method,
+        capacity_factor=capacity_factor,
+        num_rows=num_rows,
+    )
+    rows = fetch_rows(table_shard, route, axis_name, method)
+    return Lookup(rows, jax.lax.psum(route.missing, axis_name))
+
+
+def make_route(
+    ids: Array,
+    shard_rows: int,
+    *,
+    axis_name: AxisName,
+    method: str = "all_to_all",
+    capacity_factor: float = 2.0,
+    num_rows: int | None = None,
+) -> Route:
+    """The `Route` of ids [m] to tables with `shard_rows` rows a device; inside `jax.shard_map`.
+
+    Raises:
+      TypeError: for ids that are not integers.
+      ValueError: for an unknown method, a capacity that is not positive, or 2^31 rows and more.
+    """
+    check_options(method, capacity_factor)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"ids are {ids.dtype}; a lookup needs integers, such as int32.")
+    if ids.ndim != 1:
+        raise ValueError(f"ids have shape {ids.shape}; inside shard_map they are a vector [m].")
+    n = jax.lax.axis_size(axis_name)
+    if n * shard_rows >= 2**31:
+        raise ValueError(
+            f"{n} x {shard_rows} rows exceed 2^31 - 1, the ids of int32; hash them to fewer rows."
+        )
+    most = n * shard_rows if num_rows is None else num_rows
+    ids = vary_like(ids, jax.lax.axis_index(axis_name))
+    is_inside = (ids >= 0) & (ids < most)
+    ids = ids.astype(jnp.int32)
+    # Where the row stands in round-robin order: sorted by owner, then by its row there.
+    slots = jnp.where(is_inside, ids % n * shard_rows + ids // n, n * shard_rows)
+    size = capacity(ids.shape[0], n, capacity_factor)
+    return METHODS[method].route(slots, n, shard_rows, size, axis_name)
+
+
+def _route_to_all(slots: Array, n: int, shard_rows: int, size: int, axis_name: AxisName) -> Route:
+    """Everybody is asked everything."""
+    del size
+    m = slots.shape[0]
+    gathered = jax.lax.all_gather(slots, axis_name)  # [n,m]
+    mine = gathered - jax.lax.axis_index(axis_name) * shard_rows
+    asked = jnp.where((mine >= 0) & (mine < shard_rows), mine, shard_rows)
+    place = jnp.where(slots < n * shard_rows, jnp.arange(m), m)
+    return Route(asked, place, vary_like(jnp.zeros((), jnp.int32), slots))
+
+
+def _route_to_owners(slots: Array, n: int, shard_rows: int, size: int, axis_name) -> Route:
+    """Every row is asked for once, of its owner, who hears of at most `size` rows."""
+    m = slots.shape[0]
+    total = n * shard_rows
+    distinct, inverse = jnp.unique(slots, size=m, fill_value=total, return_inverse=True)
+    bounds = jnp.searchsorted(distinct, jnp.arange(n + 1) * shard_rows).astype(jnp.int32)
+    index = bounds[:-1, None] + jnp.arange(size)  # [n,C] of the rows wanted of each owner
+    wanted = distinct.at[index].get(mode="fill", fill_value=total) - jnp.arange(n)[:, None] * (
+        shard_rows
+    )
+    wanted = jnp.where(index < bounds[1:, None], wanted, shard_rows)
+    owner = distinct // shard_rows  # [m], n where there is none
+    rank = jnp.arange(m) - bounds[jnp.minimum(owner, n - 1)]
+    place = jnp.where((rank < size) & (owner < n), owner * size + rank, n * size)
+    missing = jnp.sum((rank >= size) & (owner < n), dtype=jnp.int32)
+    asked = jax.lax.all_to_all(wanted, axis_name, 0, 0, tiled=True)
+    return Route(asked, place[inverse.reshape(m)], missing)
+
+
+class _Method(NamedTuple):
+    """How ids and rows travel."""
+
+    route: Callable[..., Route]
+    deliver: Callable[[Array, AxisName], Array]
+    """Answers [n,C,d] of this device to those who asked: the answers it gets, [c,d]."""
+    collect: Callable[[Array, int, AxisName], Array]
+    """Its transpose: gradients [c,d] of what this device got, to the owners, [n,C,d]."""
+
+
+def _reduce(answers: Array, axis_name: AxisName) -> Array:
+    return jax.lax.psum_scatter(answers, axis_name)
+
+
+def _gather(sums: Array, n: int, axis_name: AxisName) -> Array:
+    del n
+    return jax.lax.all_gather(sums, axis_name)
+
+
+def _exchange(answers: Array, axis_name: AxisName) -> Array:
+    got = jax.lax.all_to_all(answers, axis_name, 0, 0, tiled=True)
+    return got.reshape(-1, answers.shape[-1])  # [n,C,d] -> [nC,d]
+
+
+def _exchange_back(sums: Array, n: int, axis_name: AxisName) -> Array:
+    parts = sums.reshape(n, -1, sums.shape[-1])  # [nC,d] -> [n,C,d]
+    return jax.lax.all_to_all(parts, axis_name, 0, 0, tiled=True)
+
+
+METHODS: Mapping[str, _Method] = {
+    "psum_scatter": _Method(_route_to_all, _reduce, _gather),
+    "all_to_all": _Method(_route_to_owners, _exchange, _exchange_back),
+}
+
+
+class _Table(NamedTuple):
+    """What the derivative must know of a table."""
+
+    shape: tuple[int, int]
+    dtype: Any
+    method: str
+    axis_name: AxisName
+
+
+def fetch_rows(table_shard: Array, route: Route, axis_name: AxisName, method: str) -> Array:
+    """The rows [m,d] that `route` asks for, with the gradient of ``table[ids]``."""
+    if not jnp.issubdtype(table_shard.dtype, jnp.floating):
+        raise TypeError(f"the table is {table_shard.dtype}; rows that may be NaN need a float.")
+    table = _Table(table_shard.shape, table_shard.dtype, method, axis_name)
+    return _fetch(table, vary_like(table_shard, route.place), route)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fetch(table: _Table, shard: Array, route: Route) -> Array:
+    answers = shard.at[route.asked].get(mode="fill", fill_value=0)  # [n,C,d]
+    got = METHODS[table.method].deliver(answers, table.axis_name)
+    return got.at[route.place].get(mode="fill", fill_value=jnp.nan)
+
+
+def _fetch_forward(table: _Table, shard: Array, route: Route):
+    return _fetch(table, shard, route), route
+
+
+def _fetch_backward(table: _Table, route: Route, gradient: Array):
+    parts = return_gradients(gradient, route, table.axis_name, table.method)
+    whole = jnp.zeros(table.shape, jnp.float32)
+    whole = whole.at[route.asked].add(parts.astype(jnp.float32), mode="drop")
+    return whole.astype(table.dtype), None
+
+
+_fetch.defvjp(_fetch_forward, _fetch_backward)
+
+
+def return_gradients(gradient: Array, route: Route, axis_name: AxisName, method: str) -> Array:
+    """Gradients [m,d] of fetched rows, sent to the owners of the rows: [n,C,d], as `route.asked`.
+
+    Those of one row are summed in float32 before they travel, in the dtype they came in.
+    """
+    n, size = route.asked.shape
+    count = route.place.shape[0] if method == "psum_scatter" else n * size
+    sums = jax.ops.segment_sum(gradient.astype(jnp.float32), route.place, num_segments=count)
+    return METHODS[method].collect(sums.astype(gradient.dtype), n, axis_name)
+
+
+def table_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The mesh axes over which the rule "table_rows" splits a table; never empty."""
+    rule = RULES["table_rows"]
+    wanted = (rule,) if isinstance(rule, str) else tuple(rule or ())
+    return tuple(a for a in wanted if mesh.shape.get(a, 1) > 1) or mesh.axis_names[:1]
+
+
+def lookup(
+    table: Array,
+    ids: Any,
+    mesh: Mesh | AbstractMesh | None = None,
+    *,
+    axes: AxisName | None = None,
+    method: str = "all_to_all",
+    capacity_factor: float = 2.0,
+    on_overflow: str = "fallback",
+    num_rows: int | None = None,
+) -> Lookup:
+    """``table[ids]`` for a whole table in round-robin order, split over `mesh`.
+
+    Call it eagerly or under `jax.jit`. The ids are split over all axes of the mesh, those that do
+    not split the table included.
+
+    Args:
+      table: [n R,d], `to_round_robin` of the table, n the devices that `axes` name.
+      ids: [...] int.
+      mesh: default: the one of `jax.set_mesh`.
+      axes: mesh axes that split the rows; default: those of the rule "table_rows".
+      method, capacity_factor: as for `sharded_lookup`.
+      on_overflow: "fallback" looks everything up by psum_scatter when something did not fit;
+        "report" leaves NaN in those rows. Both return the count.
+      num_rows: ids of the table, without padding; default: all its rows.
+    Returns:
+      `Lookup`, rows [...,d].
+    Raises:
+      ValueError: for rows that the devices do not divide, unknown options, and ids outside the
+        table where they are known (under `jax.jit` their rows are NaN).
+      TypeError: for ids that are not integers, or a table of integers.
+    """
+    check_options(method, capacity_factor, on_overflow)
+    mesh = the_mesh(mesh)
+    axes = as_axes(axes, mesh)
+    shard_rows = rows_per_shard(table.shape[0], mesh, axes)
+    ids = check_ids(ids, table.shape[0] if num_rows is None else num_rows)
+    options = dict(axis_name=axes, capacity_factor=capacity_factor, num_rows=num_rows)
+
+    def local(shard: Array, mine: Array) -> Lookup:
+        route = make_route(mine, shard_rows, method=method, **options)
+        overflow = jax.lax.psum(route.missing, mesh.axis_names)
+        fetch = lambda: fetch_rows(shard, route, axes, method)
+        again = lambda: sharded_lookup(shard, mine, method="psum_scatter", **options).rows
+        if method == "psum_scatter" or on_overflow == "report":
+            return Lookup(fetch(), overflow)
+        return Lookup(jax.lax.cond(overflow > 0, again, fetch), overflow)
+
+    flat, everywhere = split_ids(ids, mesh)
+    rows, overflow = jax.shard_map(
+        local, mesh=mesh, in_specs=(P(axes, None), everywhere), out_specs=Lookup(everywhere, P())
+    )(table, flat)
+    return Lookup(rows[: ids.size].reshape(*ids.shape, table.shape[1]), overflow)
+
+
+def split_ids(ids: Array, mesh: Mesh | AbstractMesh) -> tuple[Array, P]:
+    """Ids [...] as a vector that all devices of the mesh divide (padded with -1), and its split."""
+    flat = ids.reshape(-1)  # [...] -> [N]
+    padding = padded_rows(max(flat.size, 1), mesh.size) - flat.size
+    return jnp.pad(flat, (0, padding), constant_values=-1), P(mesh.axis_names)
+
+
+def the_mesh(mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh:
+    """`mesh`, or the one of `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if mesh.empty:
+        raise ValueError("a split table needs a mesh; pass mesh=make_mesh('data:8') or set one.")
+    return mesh
+
+
+def as_axes(axes: AxisName | None, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """`axes` as a tuple of names of the mesh; None: `table_axes`."""
+    if axes is None:
+        return table_axes(mesh)
+    axes = (axes,) if isinstance(axes, str) else tuple(axes)
+    for name in axes:
+        if name not in mesh.axis_names:
+            raise ValueError(unknown("mesh axis", name, mesh.axis_names))
+    return axes
+
+
+def rows_per_shard(num_rows: int, mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> int:
+    """Rows of one device."""
+    n = math.prod(mesh.shape[a] for a in axes)
+    if num_rows % n:
+        raise ValueError(
+            f"a table of {num_rows} rows does not divide over {n} devices of {tuple(axes)}; pad it "
+            f"to {padded_rows(num_rows, n)} rows: to_round_robin(table, {n}) does."
+        )
+    return num_rows // n
+
+
+def check_options(method: str, capacity_factor: float, on_overflow: str = "report") -> None:
+    """Raise for options that no lookup can honour."""
+    if method not in METHODS:
+        raise ValueError(unknown("method", method, METHODS))
+    if on_overflow not in ON_OVERFLOW:
+        raise ValueError(unknown("on_overflow", on_overflow, ON_OVERFLOW))
+    if not 0 < capacity_factor < math.inf:
+        raise ValueError(
+            f"capacity_factor={capacity_factor} must be positive: 1 is room for a perfect spread."
+        )
+
+
+def check_ids(ids: Any, num_rows: int) -> Array:
+    """Ids as an array; those that are known are looked at.
+
+    Raises:
+      TypeError, ValueError: for ids that are not integers, or outside the table.
+    """
+    known = not is_traced(ids)
+    if not jnp.issubdtype(jnp.result_type(ids), jnp.integer):
+        raise TypeError(f"ids are {jnp.result_type(ids)}; a lookup needs integers, such as int32.")
+    if known and np.size(ids):
+        least, most = int(np.min(ids)), int(np.max(ids))
+        if least < 0 or most >= num_rows:
+            raise ValueError(
+                f"ids go from {least} to {most}, but the table has rows 0 to {num_rows - 1}; hash "
+                "ids to the table (jaxheads.embeddings.hashing) or make it larger."
+            )
+    return jnp.asarray(ids)
