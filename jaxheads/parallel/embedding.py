@@ -330,25 +330,31 @@ def lookup(
 
     def local(shard: Array, mine: Array) -> Lookup:
         route = make_route(mine, shard_rows, method=method, **options)
-        overflow = jax.lax.psum(route.missing, mesh.axis_names)
+        overflow = jax.lax.psum(route.missing, everywhere)
         fetch = lambda: fetch_rows(shard, route, axes, method)
         again = lambda: sharded_lookup(shard, mine, method="psum_scatter", **options).rows
         if method == "psum_scatter" or on_overflow == "report":
             return Lookup(fetch(), overflow)
         return Lookup(jax.lax.cond(overflow > 0, again, fetch), overflow)
 
-    flat, everywhere = split_ids(ids, mesh)
+    everywhere = split_axes(mesh, axes)
+    split = P(everywhere)
     rows, overflow = jax.shard_map(
-        local, mesh=mesh, in_specs=(P(axes, None), everywhere), out_specs=Lookup(everywhere, P())
-    )(table, flat)
+        local, mesh=mesh, in_specs=(P(axes), split), out_specs=Lookup(split, P())
+    )(table, pad_ids(ids, mesh))
     return Lookup(rows[: ids.size].reshape(*ids.shape, table.shape[1]), overflow)
 
 
-def split_ids(ids: Array, mesh: Mesh | AbstractMesh) -> tuple[Array, P]:
-    """Ids [...] as a vector that all devices of the mesh divide (padded with -1), and its split."""
+def split_axes(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> tuple[str, ...]:
+    """The mesh axes that ids are split over: all that have several devices, and `axes`."""
+    return tuple(a for a in mesh.axis_names if mesh.shape[a] > 1 or a in axes)
+
+
+def pad_ids(ids: Array, mesh: Mesh | AbstractMesh) -> Array:
+    """Ids [...] as a vector that the devices of the mesh divide, padded with -1."""
     flat = ids.reshape(-1)  # [...] -> [N]
     padding = padded_rows(max(flat.size, 1), mesh.size) - flat.size
-    return jnp.pad(flat, (0, padding), constant_values=-1), P(mesh.axis_names)
+    return jnp.pad(flat, (0, padding), constant_values=-1)
 
 
 def the_mesh(mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh:
