@@ -62,6 +62,8 @@ def _take(x: Array, rows: Array) -> Array:
 
 
 def _put(x: Array, rows: Array, values: Array) -> Array:
+    # Fused with the reading of the same rows, the write could not be in place on TPU.
+    values = jax.lax.optimization_barrier(values)
     return x.at[rows].set(
         values.astype(x.dtype), mode="drop", unique_indices=True, indices_are_sorted=True
     )
