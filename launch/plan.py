@@ -92,7 +92,9 @@ def resolve(
     )
     request = plan_jobs.platform_defaults(request, tuple(settings["model"]))
     if request.job != "train" and settings["train"]:
-        raise ValueError(f"--job={job} does not train; leave out --set train.* and --grad_accum.")
+        raise ValueError(
+            f"--job={job} does not train a decoder; leave out --set train.* and --grad_accum."
+        )
     plan_jobs.check(request)
     return request
 
@@ -242,7 +244,9 @@ def run(request: Request, *, search: bool = False, most: int = 12) -> tuple[dict
     say = lambda text: print(text, flush=True)
     has_formulas = JOBS[request.job].flops is None
     if search and not has_formulas:
-        raise ValueError(f"--search has no formulas for --job={request.job}; plan meshes one by one.")
+        raise ValueError(
+            f"--search has no formulas for --job={request.job}; plan meshes one by one."
+        )
     if search:
         options = plan_search.search(request, most=most, say=say)
         front = plan_search.pareto(options)

@@ -33,7 +33,6 @@ from jaxheads.training.step import batch_sharding, check_batch, state_shardings
 from launch import plan_recommender
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """A job on a machine. Hashable; variations come from `dataclasses.replace`."""

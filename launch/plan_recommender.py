@@ -131,7 +131,7 @@ def arguments(request: Request, mesh: Mesh | AbstractMesh) -> tuple[PyTree, PyTr
 def pooled_loss(cfg: TableModel, params: PyTree, rows: Mapping[str, Array], label: Array):
     """Cross-entropy of a head on the K best behaviours of a history; candidate at index 0.
 
-        s_p = a_0.a_p / sqrt(d_A);  h = sum over top K of softmax(s)_p r_p;  f = [r_0, h, h * r_0]
+    s_p = a_0.a_p / sqrt(d_A);  h = sum over top K of softmax(s)_p r_p;  f = [r_0, h, h * r_0]
     """
     found = rows["item"].astype(cfg.compute_dtype)
     a, r = jnp.split(found, [cfg.attention_dim], axis=-1)

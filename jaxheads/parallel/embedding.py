@@ -236,7 +236,7 @@ METHODS: Mapping[str, _Method] = {
 class _Table(NamedTuple):
     """What the derivative must know of a table."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: Any
     method: str
     axis_name: AxisName
@@ -326,21 +326,25 @@ def lookup(
     axes = as_axes(axes, mesh)
     shard_rows = rows_per_shard(table.shape[0], mesh, axes)
     ids = check_ids(ids, table.shape[0] if num_rows is None else num_rows)
-    options = dict(axis_name=axes, capacity_factor=capacity_factor, num_rows=num_rows)
+    options: dict[str, Any] = {
+        "axis_name": axes,
+        "capacity_factor": capacity_factor,
+        "num_rows": num_rows,
+    }
 
-    def local(shard: Array, mine: Array) -> Lookup:
+    def local(shard: Array, mine: Array) -> tuple[Array, Array]:
         route = make_route(mine, shard_rows, method=method, **options)
         overflow = jax.lax.psum(route.missing, everywhere)
         fetch = lambda: fetch_rows(shard, route, axes, method)
         again = lambda: sharded_lookup(shard, mine, method="psum_scatter", **options).rows
         if method == "psum_scatter" or on_overflow == "report":
-            return Lookup(fetch(), overflow)
-        return Lookup(jax.lax.cond(overflow > 0, again, fetch), overflow)
+            return fetch(), overflow
+        return jax.lax.cond(overflow > 0, again, fetch), overflow
 
     everywhere = split_axes(mesh, axes)
     split = P(everywhere)
     rows, overflow = jax.shard_map(
-        local, mesh=mesh, in_specs=(P(axes), split), out_specs=Lookup(split, P())
+        local, mesh=mesh, in_specs=(P(axes), split), out_specs=(split, P())
     )(table, pad_ids(ids, mesh))
     return Lookup(rows[: ids.size].reshape(*ids.shape, table.shape[1]), overflow)
 

@@ -56,9 +56,11 @@ def row_gradients(asked: Array, parts: Array, num_rows: int) -> RowGradients:
 
 
 def _take(x: Array, rows: Array) -> Array:
-    return x.at[rows].get(
-        mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True
-    ).astype(jnp.float32)
+    return (
+        x.at[rows]
+        .get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
+        .astype(jnp.float32)
+    )
 
 
 def _put(x: Array, rows: Array, values: Array) -> Array:

@@ -48,7 +48,7 @@ Rate = float | Callable[[Array], Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SparseState:
-    """Everything a step changes. Any checkpoint of pytrees stores it (`checkpoints.Checkpoints`)."""
+    """Everything a step changes; a pytree, as checkpoints store them."""
 
     step: Array
     """int32 scalar: the steps taken."""
@@ -114,12 +114,13 @@ def sparse_shardings(state: SparseState, mesh: Mesh) -> SparseState:
     """A `NamedSharding` for every leaf: tables and their state by rows, the rest on all devices."""
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(table_axes(mesh)))
     like = lambda tree, place: jax.tree.map(lambda _: place, tree)
-    return SparseState(
-        whole,
-        like(state.params, whole),
-        like(state.opt_state, whole),
-        like(state.tables, split),
-        like(state.row_states, split),
+    return dataclasses.replace(
+        state,
+        step=whole,
+        params=like(state.params, whole),
+        opt_state=like(state.opt_state, whole),
+        tables=like(state.tables, split),
+        row_states=like(state.row_states, split),
     )
 
 
@@ -156,9 +157,7 @@ def make_sparse_step(
 
     def by(way: str, state: SparseState, ids: Mapping[str, Array], batch: Any) -> SparseResult:
         places = _Places(mesh, way, capacity_factor)
-        found = {
-            f: places.find(tables, ids[f], sizes.get(f)) for f, tables in state.tables.items()
-        }
+        found = {f: places.find(tables, ids[f], sizes.get(f)) for f, tables in state.tables.items()}
         read = {f: rows for f, (rows, _) in found.items()}
         overflow = sum((jnp.sum(r.missing) for _, r in found.values()), jnp.zeros((), jnp.int32))
         gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
