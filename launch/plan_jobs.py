@@ -335,6 +335,7 @@ class Job(NamedTuple):
     """More for the report."""
     unit: str = "tokens"
     """What a row of the batch has `seq_len` of."""
+    notes: tuple[str, ...] = ()
 
 
 JOBS: Mapping[str, Job] = {
@@ -350,5 +351,6 @@ JOBS: Mapping[str, Job] = {
         plan_recommender.flops,
         plan_recommender.describe,
         "behaviours",
+        plan_recommender.NOTES,
     ),
 }

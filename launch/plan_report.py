@@ -200,7 +200,7 @@ def plan(request: Request) -> Report:
         times,
         summary,
         () if times is None else assumptions(chip),
-        (*summary.notes, *(_kernel_note(kernels))),
+        (*summary.notes, *(_kernel_note(kernels)), *plan_jobs.JOBS[request.job].notes),
         job.seconds,
         seconds,
     )

@@ -310,7 +310,7 @@ def lookup(
       ids: [...] int.
       mesh: default: the one of `jax.set_mesh`.
       axes: mesh axes that split the rows; default: those of the rule "table_rows".
-      method, capacity_factor: as for `sharded_lookup`.
+      method, capacity_factor: as for `sharded_lookup`; or "sparsecore" (`parallel.sparsecore`).
       on_overflow: "fallback" looks everything up by psum_scatter when something did not fit;
         "report" leaves NaN in those rows. Both return the count.
       num_rows: ids of the table, without padding; default: all its rows.
@@ -321,11 +321,17 @@ def lookup(
         table where they are known (under `jax.jit` their rows are NaN).
       TypeError: for ids that are not integers, or a table of integers.
     """
-    check_options(method, capacity_factor, on_overflow)
+    is_sparsecore = method == "sparsecore"
+    check_options("all_to_all" if is_sparsecore else method, capacity_factor, on_overflow)
     mesh = the_mesh(mesh)
     axes = as_axes(axes, mesh)
     shard_rows = rows_per_shard(table.shape[0], mesh, axes)
-    ids = check_ids(ids, table.shape[0] if num_rows is None else num_rows)
+    known, ids = ids, check_ids(ids, table.shape[0] if num_rows is None else num_rows)
+    if is_sparsecore:
+        from jaxheads.parallel.sparsecore import sparsecore_lookup
+
+        rows = sparsecore_lookup(table, known, mesh, axes)  # type: ignore[arg-type]
+        return Lookup(rows, jnp.zeros((), jnp.int32))
     options: dict[str, Any] = {
         "axis_name": axes,
         "capacity_factor": capacity_factor,
