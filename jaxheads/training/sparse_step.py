@@ -82,18 +82,25 @@ def row_optimizer(name: str | RowOptimizer) -> RowOptimizer:
 
 def init_sparse(
     params: PyTree,
-    tables: Mapping[str, PyTree],
+    tables: Mapping[str, PyTree] | Callable[[], Mapping[str, PyTree]],
     mesh: Mesh,
     *,
     optimizer: optax.GradientTransformation,
     rows: str | RowOptimizer = "rowwise_adagrad",
 ) -> SparseState:
-    """A state at step 0 on the mesh; `tables` in round-robin order (`to_round_robin`)."""
-    for table in jax.tree.leaves(tables):
-        rows_per_shard(table.shape[0], mesh, table_axes(mesh))
+    """A state at step 0 on the mesh.
+
+    Args:
+      tables: by field, in round-robin order (`to_round_robin`); or a function that makes them,
+        compiled so that every row is born on its device: no device ever holds a whole table.
+    """
     begin = functools.partial(begin_state, optimizer=optimizer, rows=rows)
-    places = sparse_shardings(jax.eval_shape(begin, params, tables), mesh)
-    return jax.jit(begin, out_shardings=places)(params, tables)
+    build = begin if not callable(tables) else lambda params: begin(params, tables())
+    given = (params,) if callable(tables) else (params, tables)
+    shapes = jax.eval_shape(build, *given)
+    for table in jax.tree.leaves(shapes.tables):
+        rows_per_shard(table.shape[0], mesh, table_axes(mesh))
+    return jax.jit(build, out_shardings=sparse_shardings(shapes, mesh))(*given)
 
 
 def begin_state(

@@ -196,6 +196,15 @@ def test_interrupted_and_resumed_is_uninterrupted(roomy, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resumed, straight)
 
 
+def test_tables_that_a_function_makes_are_born_in_their_shards():
+    mesh = make_mesh(MESH)
+    make_tables = lambda: {"x": jax.random.normal(jax.random.key(0), (64, 4))}
+    state = init_sparse({}, make_tables, mesh, optimizer=OPTIMIZER, rows="adam")
+    for leaf in (state.tables["x"], *jax.tree.leaves(state.row_states)):
+        assert {s.data.shape[0] for s in leaf.addressable_shards} == {8}
+    np.testing.assert_allclose(state.tables["x"], make_tables()["x"], atol=1e-6)
+
+
 def test_no_temporary_grows_with_the_tables():
     """The fallback included: a table of ten times the rows takes the same temporary bytes."""
     mesh = make_mesh("data:8")
