@@ -40,7 +40,8 @@ from absl import app, flags
 from jax.sharding import NamedSharding
 
 from jaxheads.parallel import make_mesh
-from jaxheads.parallel.embedding import METHODS, capacity, lookup
+from jaxheads.parallel.embedding import lookup
+from jaxheads.parallel.embedding_routes import METHODS, capacity
 from jaxheads.parallel.program import analyze
 from jaxheads.training.sparse_step import init_sparse, make_sparse_step
 

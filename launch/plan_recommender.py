@@ -23,7 +23,8 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from jaxheads.fields import override, unknown
-from jaxheads.parallel.embedding import capacity, check_options, padded_rows
+from jaxheads.parallel.embedding import padded_rows
+from jaxheads.parallel.embedding_routes import capacity, check_options
 from jaxheads.training.sparse_step import (
     begin_state,
     make_sparse_step,

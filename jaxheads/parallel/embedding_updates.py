@@ -36,7 +36,7 @@ def row_gradients(asked: Array, parts: Array, num_rows: int) -> RowGradients:
 
     Args:
       asked: [...] int32 rows, in any order and with repeats; `num_rows` and more are left out.
-      parts: [...,d] a gradient for each, as `embedding.return_gradients` gives them.
+      parts: [...,d] a gradient for each, as `return_gradients` gives them.
       num_rows: R.
     Returns:
       `RowGradients` with k = the entries of `asked`, or R where that is less.

@@ -27,16 +27,13 @@ from jax.sharding import PartitionSpec as P
 
 from jaxheads.fields import unknown
 from jaxheads.parallel import compiler_options
-from jaxheads.parallel.embedding import (
+from jaxheads.parallel.embedding import pad_ids, rows_per_shard, split_axes, table_axes
+from jaxheads.parallel.embedding_routes import (
     Route,
     check_options,
     fetch_rows,
     make_route,
-    pad_ids,
     return_gradients,
-    rows_per_shard,
-    split_axes,
-    table_axes,
 )
 from jaxheads.parallel.embedding_updates import ROW_OPTIMIZERS, RowOptimizer, row_gradients
 from jaxheads.typing import Array, PyTree

@@ -44,7 +44,7 @@ def test_argument_bytes_are_rows_accumulators_head_and_batch():
     assert content["recommender"]["rows_per_device"] == rows
     assert content["recommender"]["places_per_pair"] == 4  # ceil(2 * 14 / 8)
     kinds = {row["kind"] for row in content["collectives"] if row["count"]}
-    assert "all-to-all" in kinds and "all-gather" not in kinds  # the fallback is not counted
+    assert "all-to-all" in kinds and "reduce-scatter" not in kinds  # the fallback's
     assert any("counted 0 times" in note for note in report.notes)
     assert "16 x 6 behaviours" in launcher.table(report)
     json.dumps(content)

@@ -11,7 +11,6 @@ import pytest
 
 from jaxheads.parallel import RULES, make_mesh, partition_spec
 from jaxheads.parallel.embedding import (
-    capacity,
     from_round_robin,
     lookup,
     padded_rows,
@@ -19,6 +18,7 @@ from jaxheads.parallel.embedding import (
     table_axes,
     to_round_robin,
 )
+from jaxheads.parallel.embedding_routes import capacity
 
 P = jax.P
 V, D = 37, 5
@@ -203,9 +203,21 @@ def test_any_shape_of_ids_without_jit():
     mesh = make_mesh("data:8")
     table, _ = place(TABLE, mesh)
     with jax.set_mesh(mesh):
-        assert lookup(table, np.int32(5)).rows.shape == (D,)
-        empty = lookup(table, np.zeros((0, 3), np.int32))
+        one = lookup(table, np.int32(5), on_overflow="report")
+        empty = lookup(table, np.zeros((0, 3), np.int32), on_overflow="report")
+    np.testing.assert_array_equal(one.rows, TABLE[5])
     assert empty.rows.shape == (0, 3, D) and empty.overflow == 0
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint32])
+def test_other_integers(dtype):
+    """Of 200 rows, which an int8 could not count; and numbers that an int32 has as negative."""
+    mesh, table = make_mesh("data:8"), np.arange(200.0, dtype=np.float32)[:, None]
+    ids = np.array([3, 99], dtype)
+    run = jax.jit(lambda ids: lookup(to_round_robin(table, 8), ids, mesh).rows[:, 0])
+    np.testing.assert_array_equal(run(ids), [3.0, 99.0])
+    if dtype is np.uint32:
+        np.testing.assert_array_equal(run(np.array([7, 2**31 + 7], dtype)), [7.0, np.nan])
 
 
 def test_the_rule_of_table_rows_splits_over_every_axis():
