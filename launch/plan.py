@@ -5,6 +5,8 @@
     python -m launch.plan --topology=v5e:4x4 --model=llama3.1-8b --search
     python -m launch.plan --topology=v6e:2x4 --model=path/to/config.json --mesh=model:8 --job=decode
     python -m launch.plan --topology=h200:8 --model=llama3.1-8b --mesh=fsdp:8
+    python -m launch.plan --topology=v5e:16x16 --model=dare-100m --mesh=data:256 \\
+        --job=recommender --batch_size=16384 --seq_len=200
 
 The job's own jitted program is compiled for the named slice: for TPUs by libtpu on this host's
 CPU, for ``cpu:N`` on simulated devices. GPUs are planned by formula, and the report says so.
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
-from jaxheads.fields import override
+from jaxheads.fields import override, unknown
 from launch import flags
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 EXIT_DOES_NOT_FIT = 3
 SECTIONS = ("model", "train")
+JOB_NAMES = ("train", "prefill", "decode", "sweep", "recommender")
 EVERYDAY: Mapping[str, tuple[str, str]] = {
     "remat": ("model", "remat"),
     "dtype": ("model", "compute_dtype"),
@@ -73,11 +76,13 @@ def resolve(
         if field in settings[section]:
             raise ValueError(f"--{name} and --set {section}.{field} both set it; give one of them.")
         settings[section][field] = str(text)
+    if job not in plan_jobs.JOBS:
+        raise ValueError(unknown("job", job, plan_jobs.JOBS))
     if not mesh:
         mesh = "fsdp:-1"
     request = plan_jobs.Request(
         name=model,
-        model=plan_jobs.resolve_model(model, settings["model"]),
+        model=plan_jobs.JOBS[job].model(model, settings["model"]),
         train=override(TrainConfig(), settings["train"], section="train"),
         topology=topology,
         mesh=mesh,
@@ -87,7 +92,9 @@ def resolve(
     )
     request = plan_jobs.platform_defaults(request, tuple(settings["model"]))
     if request.job != "train" and settings["train"]:
-        raise ValueError(f"--job={job} does not train; leave out --set train.* and --grad_accum.")
+        raise ValueError(
+            f"--job={job} does not train a decoder; leave out --set train.* and --grad_accum."
+        )
     plan_jobs.check(request)
     return request
 
@@ -108,12 +115,14 @@ def gib(count: float | None) -> str:
 
 def table(report: Report) -> str:
     """The report as text."""
+    from launch.plan_jobs import JOBS
+
     request, memory = report.request, report.memory
     content = report.to_json()
     topology = request.slice
     per = "chip" if topology.chip.devices_per_chip == 1 else "device (half a chip)"
     mesh = ",".join(f"{a}:{n}" for a, n in content["mesh"].items()) or "one device"
-    shape = f"batch {request.batch_size} x {request.seq_len} tokens"
+    shape = f"batch {request.batch_size} x {request.seq_len} {JOBS[request.job].unit}"
     if request.job in ("prefill", "decode"):
         shape += f" + {request.new_tokens} new"
     lines = [
@@ -229,9 +238,15 @@ def _row(option: Option) -> dict[str, Any]:
 def run(request: Request, *, search: bool = False, most: int = 12) -> tuple[dict[str, Any], int]:
     """Plans, prints, and returns (the JSON content, the exit code)."""
     from launch import plan_search
+    from launch.plan_jobs import JOBS
     from launch.plan_report import plan
 
     say = lambda text: print(text, flush=True)
+    has_formulas = JOBS[request.job].flops is None
+    if search and not has_formulas:
+        raise ValueError(
+            f"--search has no formulas for --job={request.job}; plan meshes one by one."
+        )
     if search:
         options = plan_search.search(request, most=most, say=say)
         front = plan_search.pareto(options)
@@ -248,6 +263,9 @@ def run(request: Request, *, search: bool = False, most: int = 12) -> tuple[dict
     content = report.to_json()
     if report.fits is not False:
         return content, 0
+    if not has_formulas:
+        say("\nDoes not fit; use more chips, a smaller batch, or narrower tables.")
+        return content | {"changes": []}, EXIT_DOES_NOT_FIT
     say(f"\nDoes not fit. Planning changes (at most {most}) ...")
     options, tried = plan_search.make_it_fit(request, most=most, say=say)
     say(f"\nThe cheapest changes after which it fits, of {tried} planned:")
@@ -264,7 +282,7 @@ def define_flags() -> None:
     )
     text("model", None, "A preset (llama3.1-8b, ...), or a Hugging Face config.json or directory.")
     text("mesh", "", "Devices per axis, such as fsdp:64,model:8; default: fsdp over all.")
-    absl_flags.DEFINE_enum("job", "train", ("train", "prefill", "decode", "sweep"), "What to run.")
+    absl_flags.DEFINE_enum("job", "train", JOB_NAMES, "What to run.")
     number("batch_size", 8, "Rows, over all devices.")
     number("seq_len", 1024, "Tokens of a training row, or of a prompt.")
     number("new_tokens", 128, "Tokens generated after the prompt (prefill and decode).")

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +30,7 @@ from jaxheads.parallel.mesh import MESH_AXES, mesh_shape, parse_mesh
 from jaxheads.parallel.topology import Topology, parse_topology
 from jaxheads.training import TrainConfig, init_state, make_optimizer, make_train_step
 from jaxheads.training.step import batch_sharding, check_batch, state_shardings
-
-JOBS = ("train", "prefill", "decode", "sweep")
+from launch import plan_recommender
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,8 @@ class Request:
 
     name: str
     """What the model was called."""
-    model: ModelConfig
+    model: Any
+    """A `ModelConfig`, or what the job's row of `JOBS` resolves names to."""
     train: TrainConfig = TrainConfig()
     topology: str = "cpu:1"
     mesh: str = ""
@@ -84,10 +84,13 @@ class Request:
 
         A sweep's runs begin at the edited layer, (L + 1) / 2 layers from the end on average.
         Distributed attention visits the tiles of keys that a tile of queries sees: half of a
-        device's keys on average over the steps of a ring, whatever the layout.
+        device's keys on average over the steps of a ring, whatever the layout. A recommender
+        looks rows up again where they did not fit: never, when its capacity is well chosen.
         """
         if self.job == "sweep":
             return (self.model.num_layers + 1) / 2
+        if self.job == "recommender":
+            return 0.0
         found = self._distributed
         if found is None:
             return 1.0
@@ -108,7 +111,7 @@ class Request:
     @property
     def _distributed(self) -> LayerSpec | None:
         """The first layer whose attention splits the sequence over the mesh."""
-        if self.job == "decode" or self._context == 1:
+        if self.job in ("decode", "recommender") or self._context == 1:
             return None
         return next((s for s in self.model.pattern if s.attention == "dmha"), None)
 
@@ -151,7 +154,8 @@ def platform_defaults(request: Request, given: Sequence[str]) -> Request:
     is_cpu = request.slice.chip.platform == "cpu"
     if request.model.compute_dtype == "auto":
         changes["compute_dtype"] = "float32" if is_cpu else "bfloat16"
-    if request.job != "train" and "param_dtype" not in given and not is_cpu:
+    is_training = request.job in ("train", "recommender")
+    if not is_training and "param_dtype" not in given and not is_cpu:
         changes["param_dtype"] = "bfloat16"  # as checkpoints are stored
     return dataclasses.replace(request, model=dataclasses.replace(request.model, **changes))
 
@@ -163,6 +167,10 @@ def check(request: Request) -> None:
     for field in ("batch_size", "seq_len", "new_tokens", "sweep_batch"):
         if getattr(request, field) < 1:
             raise ValueError(f"{field}={getattr(request, field)} must be at least 1.")
+    JOBS[request.job].check(request)
+
+
+def _check_decoder(request: Request) -> None:
     cfg, shape = request.model, request.mesh_shape
     length = request.seq_len + (request.new_tokens if request.job in ("prefill", "decode") else 0)
     if cfg.positions == "learned" and length > cfg.max_positions:
@@ -219,6 +227,10 @@ class Arguments(NamedTuple):
 
 def arguments(request: Request, mesh: Mesh | AbstractMesh) -> Arguments:
     """The job's arguments on `mesh` (`decode`: without the cache, see `cache_bytes`)."""
+    return Arguments(*JOBS[request.job].arguments(request, mesh))
+
+
+def _decoder_arguments(request: Request, mesh: Mesh | AbstractMesh) -> Arguments:
     shape = (request.batch_size, request.seq_len)
     shapes = _shapes(request.model, request.train if request.job == "train" else None)
     if request.job == "train":
@@ -273,7 +285,7 @@ def lower(request: Request) -> LoweredJob:
     start = time.perf_counter()
     mesh = concrete_mesh(request)
     args = arguments(request, mesh)
-    lowered = _LOWER[request.job](request, mesh, args)
+    lowered = JOBS[request.job].lower(request, mesh, args)
     return LoweredJob(lowered, mesh, bytes_per_device(args), time.perf_counter() - start)
 
 
@@ -309,9 +321,36 @@ def _lower_sweep(request: Request, mesh: Mesh, args: Arguments):
         )
 
 
-_LOWER = {
-    "train": _lower_train,
-    "prefill": _lower_generate,
-    "decode": _lower_generate,
-    "sweep": _lower_sweep,
+class Job(NamedTuple):
+    """What a job does, at each place where jobs differ."""
+
+    lower: Callable[[Request, Mesh, Any], Any]
+    model: Callable[[str, Mapping[str, str]], Any] = resolve_model
+    """A name and settings to a configuration."""
+    check: Callable[[Request], None] = _check_decoder
+    arguments: Callable[[Request, Any], tuple[Any, Any]] = _decoder_arguments
+    flops: Callable[[Request], float] | None = None
+    """None: a decoder's (`plan_report.model_flops`); only those have formulas besides."""
+    describe: Callable[[Request], dict[str, Any]] | None = None
+    """More for the report."""
+    unit: str = "tokens"
+    """What a row of the batch has `seq_len` of."""
+    notes: tuple[str, ...] = ()
+
+
+JOBS: Mapping[str, Job] = {
+    "train": Job(_lower_train),
+    "prefill": Job(_lower_generate),
+    "decode": Job(_lower_generate),
+    "sweep": Job(_lower_sweep),
+    "recommender": Job(
+        plan_recommender.lower,
+        plan_recommender.resolve_model,
+        plan_recommender.check,
+        plan_recommender.arguments,
+        plan_recommender.flops,
+        plan_recommender.describe,
+        "behaviours",
+        plan_recommender.NOTES,
+    ),
 }

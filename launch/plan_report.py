@@ -112,6 +112,8 @@ class Report:
         }
         if rows := sparse_rows(request):
             result["sparse_layers"] = rows
+        if (describe := plan_jobs.JOBS[request.job].describe) is not None:
+            result[request.job] = describe(request)
         if summary is not None:
             result["cycles"] = {
                 "total": summary.cycles,
@@ -140,6 +142,11 @@ def plan(request: Request) -> Report:
     if request.slice.chip.platform == "gpu":
         from launch.plan_analytic import analytic_report
 
+        if plan_jobs.JOBS[request.job].flops is not None:
+            raise ValueError(
+                f"job={request.job} has no formulas for {request.topology}; plan it for a TPU or "
+                "for cpu:N, which are compiled for."
+            )
         return analytic_report(request)
     job = plan_jobs.lower(request)
     chip = request.slice.chip
@@ -193,7 +200,7 @@ def plan(request: Request) -> Report:
         times,
         summary,
         () if times is None else assumptions(chip),
-        (*summary.notes, *(_kernel_note(kernels))),
+        (*summary.notes, *(_kernel_note(kernels)), *plan_jobs.JOBS[request.job].notes),
         job.seconds,
         seconds,
     )
@@ -247,7 +254,9 @@ def model_flops(request: Request) -> float:
     nobody reads; a decode step attends to a full cache; a sweep runs the layers from each head's
     own on.
     """
-    cfg = request.model
+    cfg, own = request.model, plan_jobs.JOBS[request.job].flops
+    if own is not None:
+        return own(request)
     tokens = request.batch_size * request.seq_len
     if request.job == "train":
         return tokens * flops_per_token(cfg, request.seq_len)
@@ -278,7 +287,7 @@ def tokens_of(request: Request) -> int:
 def sparse_rows(request: Request) -> list[dict[str, Any]]:
     """A row per kind of S2 layer: its tiles over all heads of one sequence, and dense ones'."""
     cfg, rows = request.model, []
-    for spec in dict.fromkeys(cfg.pattern):
+    for spec in dict.fromkeys(getattr(cfg, "pattern", ())):
         if spec.attention != "s2":
             continue
         pattern = spec.options.pattern(cfg.num_heads, cfg.num_kv_heads, request.seq_len)

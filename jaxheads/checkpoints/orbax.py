@@ -266,14 +266,17 @@ class Checkpoints:
         """The newest checkpoint, or that of `step`, in the shards that the arguments name.
 
         Args:
-          model, training: as `abstract` gives them: shapes, dtypes and shardings.
+          model, training: as `abstract` gives them: shapes, dtypes and shardings. A model without
+            `cfg` (tables) is compared by its arrays alone.
         Raises:
           ValueError: when the checkpoint is of another model or another optimiser, naming the
             fields or arrays that differ, and when its files are damaged.
         """
         step = self._step(step)
-        stored = from_json(ModelConfig, self._read(step, "config")["model"], section="model")
-        changed = differences(stored, model.cfg)
+        cfg, changed = getattr(model, "cfg", None), []  # a tree of tables has none
+        if cfg is not None:
+            stored = from_json(type(cfg), self._read(step, "config")["model"], section="model")
+            changed = differences(stored, cfg)
         changed = [line for line in changed if line.partition(":")[0] not in _FREE_FIELDS]
         if changed:
             raise ValueError(

@@ -4,6 +4,7 @@ from jaxheads.training.configs import SCHEDULES, TrainConfig
 from jaxheads.training.loss import LossSums, chunked_cross_entropy, next_token_loss
 from jaxheads.training.metrics import flops_per_token, peak_flops, throughput
 from jaxheads.training.optimizers import learning_rate, make_optimizer
+from jaxheads.training.sparse_step import SparseState, init_sparse, make_sparse_step
 from jaxheads.training.step import (
     TrainState,
     batch_sharding,
@@ -16,15 +17,18 @@ from jaxheads.training.step import (
 __all__ = [
     "SCHEDULES",
     "LossSums",
+    "SparseState",
     "TrainConfig",
     "TrainState",
     "batch_sharding",
     "chunked_cross_entropy",
     "flops_per_token",
+    "init_sparse",
     "init_state",
     "learning_rate",
     "make_eval_step",
     "make_optimizer",
+    "make_sparse_step",
     "make_train_step",
     "next_token_loss",
     "peak_flops",

@@ -112,7 +112,7 @@ def test_compiled_flops_are_the_products_of_the_model():
     assert report.model_flops < expected
 
 
-@pytest.mark.parametrize("job", plan_jobs.JOBS)
+@pytest.mark.parametrize("job", [j for j in plan_jobs.JOBS if j != "recommender"])
 def test_every_job_plans(job):
     report = planned(request(job=job, mesh="fsdp:8"))
     assert report.source == "compiled" and report.fits is None
