@@ -5,8 +5,9 @@ A request is one JSON object on a line:
     {"history": [[12, 3], [40, 1]], "item": 7, "category": 3}
 The first asks about a user of the data set; the second brings its behaviours [item, category],
 oldest first, or in any order with "times": [9, 8]. With a data set, ids are those of its log and
-an item's category is known; without one, they are the model's own (from 1). A request that cannot be answered gets {"line": n, "error": "..."}; what was
-odd about the others is in their "notes". Both are counted.
+an item's category is known; without one, they are the model's own (from 1). A request that cannot
+be answered gets {"line": n, "error": "..."}; what was odd about the others is in their "notes".
+Both are counted.
 """
 
 from __future__ import annotations

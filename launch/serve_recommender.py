@@ -47,7 +47,12 @@ def define_flags() -> None:
     integer("synthetic", 0, "Instead of --requests: this many random ones.", lower_bound=0)
     integer("history", 10_000, "Behaviours of each --synthetic request.", lower_bound=0)
     integer("batch_size", 8, "Requests answered together.", lower_bound=1)
-    integer("max_history", None, "Longer histories are cut to the newest; default: the model's.")
+    integer(
+        "max_history",
+        None,
+        "Longer histories are cut to the newest; default: the length trained on, or what the time "
+        "table has rows for.",
+    )
     absl_flags.DEFINE_enum("stages", "two", STAGES, "One looks up everything, for comparison.")
     text("mesh", "", "Device mesh, such as context:8 to split histories; one axis may be -1.")
     integer("seed", 0, "Of --synthetic requests and random parameters.")
@@ -123,7 +128,16 @@ def make_service(
     return Service(model, stats, mesh, jax.jit(run), batch_size, longest)
 
 
-def load(given: Any) -> tuple[Any, Any]:
+class Loaded(NamedTuple):
+    """What --model stands for."""
+
+    model: Any
+    stats: Any
+    history: int | None
+    """Length of the histories it was trained on, where that is known."""
+
+
+def load(given: Any) -> Loaded:
     """Parameters and statistics of --model: stored ones, or random ones of a preset."""
     import jax
     from flax import nnx
@@ -148,14 +162,15 @@ def load(given: Any) -> tuple[Any, Any]:
         cfg = RECOMMENDERS[name](**sizes, num_times=max(2000, given.history + 1))
         cfg = override(cfg, settings, section="model")
         model = jax.jit(lambda: LongSequenceRecommender(cfg, rngs=nnx.Rngs(given.seed)))()
-        return model, init_stats(cfg)
+        return Loaded(model, init_stats(cfg), None)
     if settings:
         raise ValueError(f"--set model.{next(iter(settings))} goes with a preset, not {name!r}.")
     if not Path(name).expanduser().is_dir():
         raise ValueError(
             f"model={name!r} is no directory, and {unknown('preset', name, RECOMMENDERS)}"
         )
-    return files.load(name)
+    history = files.load_config(name)[1].get("history")
+    return Loaded(*files.load(name), history if isinstance(history, int) else None)
 
 
 class Measured(NamedTuple):
@@ -246,13 +261,13 @@ def main() -> int:
     from jaxheads.data import open_behaviours
 
     given = absl_flags.FLAGS
-    model, stats = load(given)
+    model, stats, history = load(given)
     service = make_service(
         model,
         stats,
         parallel.make_mesh(given.mesh),
         batch_size=given.batch_size,
-        max_history=given.max_history,
+        max_history=given.max_history or history,
         stages=given.stages,
     )
     cfg = service.model.cfg
