@@ -2,12 +2,15 @@
 
 import gzip
 import json
+import re
 import tracemalloc
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxheads.data import behaviour_logs
 from jaxheads.data.behaviour_logs import Events, open_log
@@ -140,6 +143,44 @@ def test_malformed_rows_are_counted_with_their_lines(tmp_path, block_bytes):
         read(open_log("taobao", tmp_path, max_bad_rows=3, block_bytes=block_bytes))
     assert "line 12: 6 fields, needed 5" in str(error.value)
     assert len(read(open_log("taobao", tmp_path, max_bad_rows=len(BAD)))) == 201
+
+
+def naive(text):
+    """(kept rows, lines of malformed rows) of a Taobao file, line by line."""
+    kept, malformed = [], []
+    for number, line in enumerate(text.split("\n"), 1):
+        fields = line.removesuffix("\r").split(",")
+        if fields == [""]:
+            continue
+        ids = [*fields[:3], *fields[4:5]]
+        is_good = len(fields) == 5 and all(re.fullmatch(r"-?[0-9]{1,18}", f) for f in ids)
+        is_good = is_good and all(int(f) >= 0 for f in ids[:3])
+        if not is_good or fields[3] not in ("pv", "buy", "cart", "fav"):
+            malformed.append(number)
+        elif fields[3] == "pv":
+            kept.append([int(f) for f in ids])
+    return kept, malformed
+
+
+FIELDS = st.sampled_from(
+    ["0", "7", "-1", "-0", "12", "", "-", "9" * 18, "9" * 19, " 1", "1.0", "é"]
+)
+ROWS = st.tuples(FIELDS, FIELDS, FIELDS, st.sampled_from(["pv", "buy", "p", ""]), FIELDS)
+LINES = st.one_of(ROWS.map(",".join), st.text("01-,pv\r", max_size=12), st.just("3,4,5,pv,6"))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(LINES, max_size=8), st.sampled_from(["\n", "\r\n"]), st.integers(1, 40))
+def test_any_text_is_read_as_line_by_line(tmp_path_factory, lines, end, block_bytes):
+    path = tmp_path_factory.getbasetemp() / "any.csv"
+    text = end.join(lines)
+    path.write_bytes(text.encode())
+    log = open_log("taobao", path, block_bytes=block_bytes)
+    chunks = [np.stack(events, 1) for events in log]
+    kept, malformed = naive(text)
+    assert (np.concatenate(chunks).tolist() if chunks else []) == kept
+    assert log.report.malformed == len(malformed)
+    assert [row.line for row in log.report.first_malformed] == malformed[:10]
 
 
 def test_actions_to_keep(tmp_path):
