@@ -18,6 +18,7 @@ from tests.data.behaviour_files import (
     tmall_lines,
     write,
 )
+from tests.launch.processes import finish, make_environment, start_pair
 
 SMALL = (
     "model.representation_dim=4", "model.top_k=4", "model.head_dims=8",
@@ -175,3 +176,26 @@ def test_the_part_of_a_process():
 def test_groups_are_not_made_twice(single, tmp_path):
     with pytest.raises(ValueError, match="exists; give a new directory"):
         group_events([], single[0] / "data")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(single, log, tmp_path):
+    """Each reads its half of every batch and holds its half of the tables."""
+    workdir, want = single
+    flags = [f"--set={text}" for text in (*SMALL, "train.steps=3", "train.eval_every=2")]
+    flags += ["--dataset=taobao", f"--data_dir={log}", "--simulated_devices=2", "--mesh=data:4"]
+    environment = make_environment(tmp_path / "cache")
+    for attempt in range(3):  # Gloo waits 30 s for the other process: a crowded machine is slower
+        pair = tmp_path / f"pair{attempt}"
+        module = "launch.train_recommender"
+        done = finish(start_pair(environment, module, *flags, f"--workdir={pair}"))
+        if not any("Gloo context initialization failed" in err for _, _, err in done):
+            break
+    assert [code for code, _, _ in done] == [0, 0], done
+    got = json.loads(done[0][1])
+    assert not done[1][1].strip()  # only process 0 talks
+    for name in ("test", "validation"):
+        assert got[name]["logloss"] == pytest.approx(want[name]["logloss"], rel=1e-5)
+    one, two = (files.load(folder / "best").model for folder in (workdir, pair))
+    a, b = one.attention.item[...], two.attention.item[...]
+    np.testing.assert_allclose(b[: len(a)], a, atol=1e-5)
