@@ -214,10 +214,17 @@ def retrieval_ndcg(scores: ArrayLike, gains: ArrayLike, k: int = 20) -> float:
 class RowConflict(NamedTuple):
     """How two gradients of the same rows relate."""
 
-    ratio: Array
-    """Mean row norm of the second over that of the first."""
+    first_norm: Array
+    """Mean row norm of the first."""
+    second_norm: Array
+    """Mean row norm of the second."""
     cosine: Array
     """Mean cosine of the rows; negative means that they pull apart."""
+
+    @property
+    def ratio(self) -> Array:
+        """Norm of the second over that of the first."""
+        return self.second_norm / self.first_norm
 
 
 def row_conflict(first: Array, second: Array) -> RowConflict:
@@ -229,11 +236,11 @@ def row_conflict(first: Array, second: Array) -> RowConflict:
       first, second: [rows,d], for example of the attention and of the representation copy.
     """
     norms = [jnp.linalg.norm(g, axis=-1) for g in (first, second)]
-    mean_norms = [_mean_where(n, n > 0) for n in norms]
     both = (norms[0] > 0) & (norms[1] > 0)
     products = jnp.where(both, norms[0] * norms[1], 1.0)
     cosine = jnp.einsum("rd,rd->r", first, second) / products
-    return RowConflict(mean_norms[1] / mean_norms[0], _mean_where(cosine, both))
+    means = (_mean_where(n, n > 0) for n in norms)
+    return RowConflict(*means, _mean_where(cosine, both))
 
 
 def _mean_where(x: Array, where: Array) -> Array:
