@@ -7,6 +7,8 @@ true weights as gain, and their rank correlation with the true weights.
 
     python -m experiments.dare                 # about 6 minutes of processor time
     python -m experiments.dare --quick         # seconds; shows nothing
+    python -m experiments.dare --dataset=taobao --data_dir=taobao/ --embedding_dim=16 \\
+        --seeds=0,1,2,3,4 --mesh=data:8        # a real log instead: see dare_logs.py
 
 All models: Adam 3e-3, batches of 512, 3 epochs over 60,000 samples (or 150,000), 8 numbers a field,
 K = 16, without the auxiliary head unless marked "+ aux". Feng et al., 2024, arXiv:2410.02604.
@@ -22,10 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import flags as absl_flags
 from flax import nnx
 from scipy.stats import rankdata
 
-from experiments import common
+from experiments import common, dare_logs
 from jaxheads.data.clicklog import HALF_LIFE, World, batches, make_click_log, make_world
 from jaxheads.embeddings.diagnostics import learned_relevance, retrieval_ndcg
 from jaxheads.models.recommender import (
@@ -312,9 +315,17 @@ def draw(maps: Mapping[str, np.ndarray]) -> Callable[[Any], None]:
     return figure
 
 
+def define_flags() -> None:
+    """Defines the flags of this experiment."""
+    common.define_flags("dare")
+    dare_logs.define_flags()
+
+
 def main() -> int:
     """Trains every arm on every seed, then decides the claims."""
     run = common.options()
+    if absl_flags.FLAGS.dataset:
+        return dare_logs.main(run, absl_flags.FLAGS)
     world = make_world()
     shrink = 100 if run.quick else 1
     test, world = make_click_log(TEST_SEED, 20_000 // shrink, world, length=LENGTH)
@@ -358,5 +369,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    common.define_flags("dare")
+    define_flags()
     flags.run(main)
