@@ -159,8 +159,7 @@ class Samples:
 
     def _negative(self, known: np.ndarray, uniform: np.ndarray, order: int, user: int) -> int:
         """The `order`-th (from 1) negative of a positive."""
-        total = self._item_ends[-1]
-        draws = np.searchsorted(self._item_ends, uniform[:_DRAWS] * total, "right")
+        draws = _draw(self._item_ends, uniform[:_DRAWS])
         unknown = draws[~(draws[:, None] == known).any(axis=1)]
         if order <= len(unknown):
             return int(unknown[order - 1])
@@ -173,7 +172,13 @@ class Samples:
                 f"{self._data.num_items} items, so there is no negative item to draw; leave such "
                 "users out, or give negatives=0."
             )
-        return int(np.searchsorted(ends, uniform[_DRAWS + order - 1] * ends[-1], "right"))
+        return int(_draw(ends, uniform[_DRAWS + order - 1]))
+
+
+def _draw(ends: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """Which interval of the cumulative counts `ends` (int64) numbers in [0, 1) fall into."""
+    # As an integer: a float would have the whole of `ends` converted.
+    return np.searchsorted(ends, (uniform * ends[-1]).astype(np.int64), "right")
 
 
 def empty_batch(num_rows: int, history: int) -> Batch:

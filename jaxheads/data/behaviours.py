@@ -111,9 +111,11 @@ def open_behaviours(directory: str | Path) -> Behaviours:
         info = json.loads((directory / DATASET).read_text("utf-8"))
         if not isinstance(info, dict) or info.get("format") != _FORMAT:
             raise ValueError(f"its format is not {_FORMAT!r}")
+        files = {name: directory / f"{name}.npy" for name in _ARRAYS}
+        # Plain views of the maps: slices of `np.memmap` cost ten times as much.
         arrays = {
-            name: np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            for name in _ARRAYS
+            name: np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+            for name, file in files.items()
         }
         data = Behaviours(directory, info=info, **arrays)
         _check_sizes(data)
