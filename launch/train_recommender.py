@@ -36,6 +36,11 @@ SAMPLES: Mapping[str, Mapping[str, int]] = {
     "movielens": dict(history=100, min_events=22, train_targets=2000, stride=1, batch_size=512),
 }
 EPOCHS = 2
+_ODD = {
+    "unsorted": "come before an earlier one of their user: sorted by time",
+    "repeated": "repeat user, item and time of another: kept",
+    "other_category": "have another category than the first one of their item: kept",
+}
 
 
 class Plan(NamedTuple):
@@ -134,13 +139,11 @@ def open_data(plan: Plan) -> Any:
         log = open_log(plan.dataset, plan.data_dir, max_bad_rows=plan.max_bad_rows)
         data = group_events(log, plan.grouped)
         print(f"{log.path.name}: {log.report}", file=sys.stderr)
-        info = data.info
-        print(
-            f"{data}: {info['unsorted_events']} events came before an earlier one of their user, "
-            f"{info['repeated_events']} are repeated, {info['other_category_events']} have another "
-            "category than their item's first",
-            file=sys.stderr,
-        )
+        print(data, file=sys.stderr)
+        for kind, words in _ODD.items():
+            if count := data.info[f"{kind}_events"]:
+                first = ", ".join(map(str, data.info[f"first_{kind}_lines"]))
+                print(f"{count} events {words} (first lines: {first})", file=sys.stderr)
     wait_for_all(f"grouped {plan.grouped}")
     return open_behaviours(plan.grouped)
 

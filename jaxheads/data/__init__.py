@@ -3,9 +3,10 @@
 Logs of behaviours come in by `open_log`, `group_events` and `make_samples`.
 """
 
+from jaxheads.data.behaviour_grouping import group_events
 from jaxheads.data.behaviour_logs import open_log
 from jaxheads.data.behaviour_samples import SampleConfig, eval_samples, make_samples
-from jaxheads.data.behaviours import Behaviours, group_events, open_behaviours
+from jaxheads.data.behaviours import Behaviours, open_behaviours
 from jaxheads.data.packing import merge_states
 from jaxheads.data.pipeline import BatchIterator, DataConfig, eval_batches, make_dataset
 from jaxheads.data.tasks import TaskExample, TaskPair, encode_pairs, load_pairs, load_tasks

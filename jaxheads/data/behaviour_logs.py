@@ -1,7 +1,7 @@
 """Logs of user behaviours as streams of columns, whatever the size of the file.
 
     log = open_log("taobao", "data/")          # UserBehavior.csv, or UserBehavior.csv.gz
-    for events in log:                          # Events(user, item, category, time), arrays [n]
+    for events in log:                          # Events(user, item, category, time, ...), [n] each
         ...
     log.report                                  # rows kept, rows of other actions, malformed rows
 
@@ -42,6 +42,8 @@ class Events(NamedTuple):
     item: np.ndarray
     category: np.ndarray
     time: np.ndarray
+    line: np.ndarray | None = None
+    """Lines of the file, from 1; None: the n-th event is on line n."""
 
 
 class BadRow(NamedTuple):
@@ -247,7 +249,8 @@ class BehaviourLog:
         first = [BadRow(self.path.name, *reason) for reason in sorted(reasons)[:_EXAMPLES]]
         self.report.add_malformed(len(reasons), first)
         self._check()
-        return Events(*(values[name][kept] for name in Events._fields))
+        columns_ = {name: value[kept] for name, value in values.items()}
+        return Events(**columns_, line=lines[kept])
 
     def _check(self) -> None:
         most = self._max_bad_rows

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from jaxheads.data import group_events
 from jaxheads.data.behaviour_logs import Events
 from jaxheads.data.behaviour_samples import SampleConfig, Samples, eval_samples, make_samples
-from jaxheads.data.behaviours import group_events
 
 
 def log_of(users, categories=5):

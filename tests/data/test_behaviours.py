@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxheads.data import behaviour_logs
+from jaxheads.data import behaviour_logs, group_events, open_behaviours
 from jaxheads.data.behaviour_logs import Events, open_log
-from jaxheads.data.behaviours import group_events, open_behaviours
 from tests.data.behaviour_files import (
     movielens_lines,
     random_events,
@@ -28,7 +27,7 @@ MOVIELENS = Path(__file__).parents[2] / "../shared/data/movielens-latest-small"
 
 def read(log):
     """All events [n,4] of a log."""
-    return np.concatenate([np.stack(events, 1) for events in log])
+    return np.concatenate([np.stack(events[:4], 1) for events in log])
 
 
 def reference(events):
@@ -176,7 +175,7 @@ def test_any_text_is_read_as_line_by_line(tmp_path_factory, lines, end, block_by
     text = end.join(lines)
     path.write_bytes(text.encode())
     log = open_log("taobao", path, block_bytes=block_bytes)
-    chunks = [np.stack(events, 1) for events in log]
+    chunks = [np.stack(events[:4], 1) for events in log]
     kept, malformed = naive(text)
     assert (np.concatenate(chunks).tolist() if chunks else []) == kept
     assert log.report.malformed == len(malformed)
@@ -240,7 +239,7 @@ def test_bad_input(name, tmp_path):
 
 @pytest.mark.parametrize("bucket_rows", [1, 20, 1 << 20])
 def test_grouping_is_that_of_a_plain_sort(tmp_path, bucket_rows):
-    write(tmp_path / "UserBehavior.csv", taobao_lines(EVENTS))
+    write(tmp_path / "UserBehavior.csv", ["no row", *taobao_lines(EVENTS)])
     log = open_log("taobao", tmp_path, block_bytes=1000)
     data = group_events(log, tmp_path / "grouped", bucket_rows=bucket_rows)
     want = reference(EVENTS)
@@ -253,13 +252,16 @@ def test_grouping_is_that_of_a_plain_sort(tmp_path, bucket_rows):
         assert data.item_counts[number] == (item == raw).sum()
         assert data.category_ids[data.item_category[number]] == raw % 7 + 100
     assert data.item_counts[0] == 0 and data.item_category[0] == 0
-    by_user = [EVENTS[EVENTS[:, 0] == user] for user in want]
-    unsorted = sum(int((np.diff(rows[:, 3]) < 0).sum()) for rows in by_user)
-    repeated = len(EVENTS) - len(np.unique(EVENTS[:, [0, 1, 3]], axis=0))
-    assert unsorted > 0 and repeated > 0
-    assert data.info["unsorted_events"] == unsorted
-    assert data.info["repeated_events"] == repeated
-    assert data.info["other_category_events"] == 0
+    last, seen, unsorted, repeated = {}, set(), [], []
+    for number, (user, raw, _, time) in enumerate(EVENTS.tolist(), 2):  # line 1 is not a row
+        unsorted += [number] if time < last.get(user, time) else []
+        repeated += [number] if (user, raw, time) in seen else []
+        last[user] = time
+        seen.add((user, raw, time))
+    assert unsorted and repeated
+    for kind, lines in (("unsorted", unsorted), ("repeated", repeated), ("other_category", [])):
+        assert data.info[f"{kind}_events"] == len(lines)
+        assert data.info[f"first_{kind}_lines"] == lines[:10]
     assert data.info["log"]["kept"] == data.info["num_events"] == len(EVENTS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["UserBehavior.csv", "grouped"]
 
@@ -268,6 +270,8 @@ def test_an_item_of_two_categories_keeps_both_and_its_first(tmp_path):
     one = np.asarray([[1, 50, 7, 3], [1, 50, 8, 2], [2, 50, 8, 1]])
     data = group_events([Events(*one.T)], tmp_path / "grouped")
     assert data.info["other_category_events"] == 2
+    assert data.info["first_other_category_lines"] == [2, 3]
+    assert data.info["first_unsorted_lines"] == [2]
     assert data.category_ids[data.item_category[1]] == 7
     assert grouped(data)[1] == [(50, 8, 2), (50, 7, 3)]
 
