@@ -318,5 +318,5 @@ def test_configurations_that_make_no_sense(settings, message):
 
 def test_rows_that_the_mesh_does_not_divide_are_an_error():
     mesh = parallel.make_mesh("data:8")
-    with pytest.raises(ValueError, match="attention.category: axis 'table_rows' has size 6"):
+    with pytest.raises(ValueError, match="category: axis 'table_rows' has size 6"):
         parallel.shard(model_of(VARIANTS["dare"]), mesh)
