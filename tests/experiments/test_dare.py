@@ -18,6 +18,10 @@ def test_rank_correlation_is_spearmans_mean():
     constant = np.concatenate([weights, np.zeros((1, 12))])
     more = np.concatenate([scores, scores[:1]])
     assert dare.rank_correlation(more, constant) == pytest.approx(want)
+    some = np.where(weights > 0, weights, np.nan)
+    pairs = [(a[~np.isnan(b)], b[~np.isnan(b)]) for a, b in zip(scores, some)]
+    want = np.mean([spearmanr(a, b).statistic for a, b in pairs])
+    assert dare.rank_correlation(scores, some) == pytest.approx(want)
 
 
 def test_every_arm_can_be_made_and_differs():
@@ -29,10 +33,10 @@ def test_every_arm_can_be_made_and_differs():
 
 def scores(better):
     """One score per arm and seed; `better` those that DARE has more."""
-    base = {name: [dare.Score(0.58, 0.4, 0.2)] * 3 for name in dare.ARMS}
+    base = {name: [dare.Score(0.58, 0.4, 0.3, 0.3)] * 3 for name in dare.ARMS}
     for name in ("DARE", "DARE, d_A = 4", "DARE, 150k"):
-        base[name] = [dare.Score(0.58 + better, 0.4 + 9 * better, 0.2 + 9 * better)] * 3
-    base["TWIN w/ projection"] = [dare.Score(0.5, 0.4 - 9 * better, 0)] * 3
+        base[name] = [dare.Score(0.58 + better, 0.4 + 9 * better, *(0.3 + 9 * better,) * 2)] * 3
+    base["TWIN w/ projection"] = [dare.Score(0.5, 0.4 - 9 * better, 0, 0)] * 3
     return base
 
 
@@ -42,7 +46,7 @@ def test_claims_hold_and_fail():
     bad = dare.decide(scores(-0.04), {"random": 0.3, "recency": 0.9}, [dare.Fight(2.0, 0.1)] * 3)
     assert not any(claim.holds for claim in bad)
     one_seed = scores(0.04)
-    one_seed["DARE"][2] = dare.Score(0.581, 0.9, 0.9)
+    one_seed["DARE"][2] = dare.Score(0.581, 0.9, 0.9, 0.9)
     control = {"random": 0.17, "recency": 0.46}
     assert not dare.decide(one_seed, control, [dare.Fight(9.0, 0)])[0].holds
 
