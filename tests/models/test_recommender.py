@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import checkify
 
 from jaxheads import intervene, parallel, record
 from jaxheads.models.recommender import (
@@ -289,6 +290,20 @@ def test_batches_that_do_not_fit(batch, message):
     cfg = VARIANTS["dare"]
     with pytest.raises(ValueError, match=message):
         loss(model_of(cfg), init_stats(cfg), batch)
+
+
+def test_ids_inside_a_compiled_program():
+    """NaN, or an error under checkify."""
+    cfg = VARIANTS["mean"]
+    model, stats = model_of(cfg), init_stats(cfg)
+    run = lambda batch: apply(model, stats, batch, train=False).logit
+    for wrong in (ITEMS + 1, -1):
+        batch = changed(item=np.full(B, wrong, np.int32))
+        assert np.isnan(jax.jit(run)(batch)).all()
+    error, _ = jax.jit(checkify.checkify(run))(batch)
+    with pytest.raises(checkify.JaxRuntimeError, match="item holds an id outside 0 to 30"):
+        error.throw()
+    jax.jit(checkify.checkify(run))(BATCH)[0].throw()
 
 
 def test_ids_are_integers():
