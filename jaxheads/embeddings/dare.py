@@ -36,7 +36,8 @@ Lookup = Callable[[Array, Array], Array]
 
 def take_rows(table: Array, ids: Array) -> Array:
     """``table[ids]``; NaN for an id that the table does not have, instead of its nearest row."""
-    return jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan)
+    rows = jnp.asarray(table).at[ids]
+    return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def embed(

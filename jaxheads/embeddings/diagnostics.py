@@ -239,8 +239,8 @@ def row_conflict(first: Array, second: Array) -> RowConflict:
     both = (norms[0] > 0) & (norms[1] > 0)
     products = jnp.where(both, norms[0] * norms[1], 1.0)
     cosine = jnp.einsum("rd,rd->r", first, second) / products
-    means = (_mean_where(n, n > 0) for n in norms)
-    return RowConflict(*means, _mean_where(cosine, both))
+    first_norm, second_norm = (_mean_where(n, n > 0) for n in norms)
+    return RowConflict(first_norm, second_norm, _mean_where(cosine, both))
 
 
 def _mean_where(x: Array, where: Array) -> Array:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import checkify
 
 from jaxheads.embeddings.dare import TIME_MODES
 from jaxheads.fields import unknown
@@ -152,8 +153,8 @@ RECOMMENDERS: Mapping[str, Callable[..., RecommenderConfig]] = {
 def check_batch(cfg: RecommenderConfig, batch: Batch) -> None:
     """Raise for a batch that the model cannot read.
 
-    Shapes are always checked; ids only where the arrays are known, not inside `jax.jit`, where an
-    id that a table does not have gives NaN.
+    Shapes are always checked; ids only where the arrays are known. Inside `jax.jit`, an id that a
+    table does not have gives NaN, or an error under `checkify.checkify(fn)`.
 
     Raises:
       ValueError: for arrays that are missing or whose shapes do not fit each other, histories
@@ -188,7 +189,10 @@ def check_batch(cfg: RecommenderConfig, batch: Batch) -> None:
         )
     for name in names:
         rows = 1 + (cfg.num_items if name.endswith("item") else cfg.num_categories)
-        if not is_traced(batch[name]):
+        if is_traced(batch[name]):
+            inside = jnp.all((batch[name] >= 0) & (batch[name] < rows))
+            checkify.debug_check(inside, f"{name} holds an id outside 0 to {rows - 1}.")
+        else:
             _check_ids(name, np.asarray(batch[name]), rows)
 
 

@@ -33,7 +33,7 @@ RULES: Rules = {
     "experts": "expert",
     "positions": None,
     "layers": None,
-    "table_rows": ("data", "fsdp", "model", "context", "expert"),
+    "table_rows": ("data", "fsdp", "model", "context", "expert"),  # of tables looked up by id
     # activations
     "batch": ("data", "fsdp"),
     # of ids looked up in a table whose width is split over fsdp and context
