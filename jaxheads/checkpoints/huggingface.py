@@ -311,7 +311,7 @@ def save(model: Decoder, directory: str | Path, *, max_shard_bytes: float = 5e9)
     )
     if is_main_process():
         path.mkdir(parents=True, exist_ok=True)
-        _write(path, config, dict(zip(files, shards)))
+        write_files(path, config, dict(zip(files, shards)))
     else:
         for tensor in (t for shard in shards for t in shard):
             tensor.value()  # fetching what lies on other processes takes all of them
@@ -321,7 +321,7 @@ def save(model: Decoder, directory: str | Path, *, max_shard_bytes: float = 5e9)
         multihost_utils.sync_global_devices(f"jaxheads: saved {path}")
 
 
-def _write(path: Path, config: dict[str, Any], shards: Mapping[str, list[Tensor]]) -> None:
+def write_files(path: Path, config: dict[str, Any], shards: Mapping[str, list[Tensor]]) -> None:
     """Write the files of a model, then give them their names, then remove older ones."""
     texts = {CONFIG: config}
     if len(shards) > 1:
@@ -389,14 +389,14 @@ def _tensor(
 
     def value() -> np.ndarray:
         arrays = [(leaves[row.path], layer) for row, layer in readers]
-        parts = [_fetch(a if layer is None else a[layer]) for a, layer in arrays]
+        parts = [fetch(a if layer is None else a[layer]) for a, layer in arrays]
         return names.assemble(rows, parts, sizes)
 
     dtype = np.result_type(*(leaves[row.path].dtype for row in rows))
     return Tensor(name, names.stored_shape(rows[0], sizes), dtype, value)
 
 
-def _fetch(array: jax.Array) -> np.ndarray:
+def fetch(array: jax.Array) -> np.ndarray:
     """A whole array on this host, from all processes where they share it."""
     if array.is_fully_addressable:
         return np.asarray(array)

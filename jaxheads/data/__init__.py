@@ -1,5 +1,12 @@
-"""Text in, batches out: tokenizers, corpora, packed and checkpointable batches, task files."""
+"""Text in, batches out: tokenizers, corpora, packed and checkpointable batches, task files.
 
+Logs of behaviours come in by `open_log`, `group_events` and `make_samples`.
+"""
+
+from jaxheads.data.behaviour_grouping import group_events
+from jaxheads.data.behaviour_logs import open_log
+from jaxheads.data.behaviour_samples import SampleConfig, eval_samples, make_samples
+from jaxheads.data.behaviours import Behaviours, open_behaviours
 from jaxheads.data.packing import merge_states
 from jaxheads.data.pipeline import BatchIterator, DataConfig, eval_batches, make_dataset
 from jaxheads.data.tasks import TaskExample, TaskPair, encode_pairs, load_pairs, load_tasks
@@ -8,16 +15,23 @@ from jaxheads.data.tokenizer import Tokenizer
 
 __all__ = [
     "BatchIterator",
+    "Behaviours",
     "DataConfig",
+    "SampleConfig",
     "Source",
     "TaskExample",
     "TaskPair",
     "Tokenizer",
     "encode_pairs",
     "eval_batches",
+    "eval_samples",
+    "group_events",
     "load_pairs",
     "load_tasks",
     "make_dataset",
+    "make_samples",
     "merge_states",
+    "open_behaviours",
+    "open_log",
     "open_source",
 ]

@@ -6,11 +6,19 @@ import queue
 import threading
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
-from jaxheads.data.packing import Batch, PackedBatches
+from jaxheads.data.packing import Batch
 
 _POLL_SECONDS = 0.1  # how often a blocked thread looks whether it should stop
+
+
+class Batches(Protocol):
+    """What can be read ahead: an iterator whose position is a value."""
+
+    def __next__(self) -> Batch: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: Mapping[str, Any]) -> None: ...
 
 
 class ReadAhead:
@@ -21,7 +29,7 @@ class ReadAhead:
     batch, and prints an ignored exception when the interpreter ends before it is closed.)
     """
 
-    def __init__(self, batches: PackedBatches, depth: int):
+    def __init__(self, batches: Batches, depth: int):
         self._batches = batches
         self._depth = depth
         self._state = batches.get_state()
@@ -49,7 +57,7 @@ class ReadAhead:
         return self._state
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """See `PackedBatches.set_state`; a state that is refused changes nothing."""
+        """See `set_state` of the batches; a state that is refused changes nothing."""
         try:
             self._rewind(state)
         except Exception:
@@ -82,7 +90,7 @@ class ReadAhead:
         self._batches.set_state(state)
 
 
-def _produce(batches: PackedBatches, ready: queue.Queue, stop: threading.Event) -> None:
+def _produce(batches: Batches, ready: queue.Queue, stop: threading.Event) -> None:
     error = None
     while error is None and not stop.is_set():
         try:
