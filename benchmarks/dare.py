@@ -4,8 +4,8 @@
     python -m benchmarks.dare --parts=search --reps=5
 
 Parts:
-* `search`: seconds of stage 1 for 256 requests with T behaviours each: rows of the attention
-  vectors of 128, 64 and 32 numbers a field are gathered, scored and the 20 best kept. Lengths 200,
+* `search`: seconds of stage 1 for 256 requests with T behaviours each: attention rows of
+  128, 64 and 32 numbers a field are gathered and scored, and the 20 best kept. Lengths 200,
   2,000 and 20,000; requests are taken in chunks whose vectors fit into `--memory_gb`, the same for
   all dimensions, which take turns in every round.
 * `train`: examples/s of training steps (forward, backward, dense Adam) of DARE with its auxiliary
@@ -37,7 +37,7 @@ import optax
 from absl import app, flags
 from flax import nnx
 
-from jaxheads.embeddings import embed, history_times, relevance_scores, search_topk
+from jaxheads.embeddings import relevance_of_ids, search_topk
 from jaxheads.models.recommender import RECOMMENDERS, LongSequenceRecommender, init_stats, loss
 
 _PARTS = flags.DEFINE_list("parts", ["search", "train"], "Which parts to run.")
@@ -94,10 +94,8 @@ def stage_one(tables: dict, batch: dict, dim: int, chunks: int) -> tuple[jax.Arr
     """Gather, score and keep the best, a chunk of the requests at a time."""
 
     def some(batch: dict) -> tuple[jax.Array, jax.Array]:
-        past = batch["history_item"]
-        q = embed(tables, batch["item"], batch["category"], jnp.zeros((), jnp.int32))
-        k = embed(tables, past, batch["history_category"], history_times(past.shape[1]))
-        return search_topk(relevance_scores(q, k, dim, past > 0), TOP_K)
+        scores = relevance_of_ids(tables, **batch)
+        return search_topk(scores, TOP_K)
 
     split = lambda x: x.reshape(chunks, -1, *x.shape[1:])  # [chunks, requests, ...]
     return jax.lax.map(some, jax.tree.map(split, batch))

@@ -121,6 +121,45 @@ def relevance_scores(
     return mask_scores(scores, mask)
 
 
+def relevance_of_ids(
+    tables: Tables,
+    item: Array,
+    category: Array,
+    history_item: Array,
+    history_category: Array,
+    *,
+    candidate: Tables | None = None,
+    item_only: bool = False,
+    lookup: Lookup = take_rows,
+) -> Array:
+    """Stage 1 from ids: `relevance_scores` of what `embed` gives, without forming [B,T,3d].
+
+    The same sum field by field; the time part, the same for all samples, is computed once.
+
+    Args:
+      tables: attention tables, all of one width; without "time" there is no time part.
+      item, category: [B] of the candidates.
+      history_item, history_category: [B,T], oldest first; item 0 is padding.
+      candidate: the candidate's own tables, where it has some.
+      item_only, lookup: as in `relevance_scores` and `embed`.
+    Returns:
+      [B,T], `PADDED_SCORE` for padding.
+    """
+    ahead = tables if candidate is None else candidate
+    rows = lambda name, ids: lookup(tables[name], ids)
+    d = tables["item"].shape[-1]
+    scores = _dot(lookup(ahead["item"], item), rows("item", history_item))
+    if not item_only:
+        q = lookup(ahead["category"], category)
+        scores += _dot(q, rows("category", history_category))
+    scores /= math.sqrt(d if item_only else 2 * d)
+    if "time" in tables:
+        now = lookup(ahead["time"], jnp.zeros((), jnp.int32))
+        times = rows("time", history_times(history_item.shape[-1]))  # [T,d]
+        scores += times @ now / math.sqrt(d)
+    return mask_scores(scores, history_item > 0)
+
+
 def _dot(q: Array, k: Array) -> Array:
     return jnp.einsum("bd,btd->bt", q, k)
 

@@ -158,7 +158,16 @@ def apply(
     tap = Tap(taps)
     mask = batch["history_item"] > 0  # [B,T]
     vectors = _vectors(model, batch, tap, lookup)
-    scores = _scores(model, vectors, batch, mask)
+    if _scores_by_field(cfg) and not tap.wants("embed"):
+        scores = dare.relevance_of_ids(
+            model.tables("attention"),
+            *(jnp.asarray(batch[n]) for n in ("item", "category")),
+            *(jnp.asarray(batch[n]) for n in ("history_item", "history_category")),
+            candidate=model.tables("attention", of_candidate=True),
+            lookup=lookup,
+        )
+    else:
+        scores = _scores(model, vectors, batch, mask)
     k = scores.shape[-1] if cfg.pooling == "mean" else cfg.top_k
     pooled = dare.two_stage_pool(scores, vectors.values, k, approximate=cfg.approximate_search)
     histories = [pooled.h]
@@ -245,6 +254,19 @@ def _tapped(tap: Tap, cfg: RecommenderConfig, q: Array, keys: Array, r: Array, v
     x = jnp.concatenate([whole(keys, q), whole(values, r)], axis=-1)  # [B,T+1,Da+Dr]
     a, b = jnp.split(tap("embed", x), [q.shape[-1]], axis=-1)
     return a[:, -1], a[:, :-1], b[:, -1], b[:, :-1]
+
+
+def _scores_by_field(cfg: RecommenderConfig) -> bool:
+    """Whether nothing but the dot product reads the attention vectors.
+
+    They need not be formed then (what `_vectors` says of them is dead code). Shared tables have
+    their vectors formed for pooling anyway.
+    """
+    return (
+        cfg.decoupling in ("dare", "four_tables")
+        and (cfg.scorer, cfg.search, cfg.pooling) == ("dot", "soft", "attention")
+        and cfg.time_mode != "add"
+    )
 
 
 def _scores(model: LongSequenceRecommender, vectors: _Vectors, batch: Batch, mask: Array) -> Array:

@@ -13,6 +13,7 @@ from jaxheads.embeddings import (
     history_times,
     masked_mean,
     pool_all,
+    relevance_of_ids,
     relevance_scores,
     search_topk,
     target_aware_features,
@@ -79,6 +80,24 @@ def test_scores_divide_each_part_by_its_own_width():
                 np.testing.assert_allclose(alone[b, p], item + time, rtol=1e-5, atol=1e-6)
             else:
                 assert scores[b, p] == np.float32(-(2**32) + 1)
+
+
+@pytest.mark.parametrize("mode", ["concat", "none"])
+def test_scores_from_ids_are_those_of_the_vectors(mode):
+    rows, other = tables(), {n: x + 0.3 for n, x in tables().items()}
+    if mode == "none":
+        rows.pop("time"), other.pop("time")
+    item, category = ids((B,), 8), ids((B,), 3)
+    past, past_category = ids((B, T), 8, seed=1), ids((B, T), 3, seed=1)
+    past[0, :4] = 0
+    q = embed(other, item, category, jnp.zeros((), int), mode)
+    k = embed(rows, past, past_category, history_times(T), mode)
+    for item_only in (False, True):
+        got = relevance_of_ids(
+            rows, item, category, past, past_category, candidate=other, item_only=item_only
+        )
+        want = relevance_scores(q, k, D, past > 0, item_only=item_only)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_without_a_time_part_one_divisor_serves():
