@@ -30,7 +30,7 @@ from absl import app, flags
 from flax import nnx
 
 from jaxheads.models import Decoder
-from jaxheads.models.configs import gpt2_small
+from jaxheads.models.presets import gpt2_small
 from jaxheads.training import TrainConfig, init_state, make_optimizer, make_train_step
 
 _REPS = flags.DEFINE_integer("reps", 5, "Timed steps of each contender.")
