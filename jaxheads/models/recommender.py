@@ -53,6 +53,7 @@ __all__ = [
     "init_stats",
     "is_penalised",
     "loss",
+    "score_vectors",
     "squared_norm",
 ]
 
@@ -167,7 +168,7 @@ def apply(
             lookup=lookup,
         )
     else:
-        scores = _scores(model, vectors, batch, mask)
+        scores = score_vectors(model, vectors.query, vectors.keys, batch, mask)
     k = scores.shape[-1] if cfg.pooling == "mean" else cfg.top_k
     pooled = dare.two_stage_pool(scores, vectors.values, k, approximate=cfg.approximate_search)
     histories = [pooled.h]
@@ -269,13 +270,22 @@ def _scores_by_field(cfg: RecommenderConfig) -> bool:
     )
 
 
-def _scores(model: LongSequenceRecommender, vectors: _Vectors, batch: Batch, mask: Array) -> Array:
+def score_vectors(
+    model: LongSequenceRecommender, q: Array, keys: Array, batch: Batch, mask: Array
+) -> Array:
+    """Stage 1 of a model, from vectors: [B,T], `dare.PADDED_SCORE` where nothing may be kept.
+
+    Args:
+      q: [B,Da] of the candidate.
+      keys: [B,T,Da] of the behaviours.
+      batch: category [B] and history_category [B,T], read under hard search.
+      mask: [B,T] true where there is a behaviour.
+    """
     cfg = model.cfg
     if cfg.search == "hard":
         mask &= batch["history_category"] == batch["category"][:, None]
     if cfg.pooling == "mean":
-        return dare.mask_scores(jnp.zeros(mask.shape, vectors.keys.dtype), mask)
-    q, keys = vectors.query, vectors.keys
+        return dare.mask_scores(jnp.zeros(mask.shape, keys.dtype), mask)
     if model.scorer is None:
         item_only = cfg.search == "hard"
         return dare.relevance_scores(q, keys, _attention_dim(cfg), mask, item_only=item_only)

@@ -159,9 +159,8 @@ def _search_part(
     keys = dare.embed(past, history_item, history_category, times[0], cfg.time_mode)
     if model.projections is not None:
         q, keys = model.projections.query(q), model.projections.key(keys)
-    vectors = recommender._Vectors(q, keys, q, keys)
     part = {"category": category, "history_category": history_category}
-    scores = recommender._scores(model, vectors, part, history_item > 0)
+    scores = recommender.score_vectors(model, q, keys, part, history_item > 0)
     return split_topk(
         scores,
         (history_item, history_category, times),
