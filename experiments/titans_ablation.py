@@ -126,7 +126,7 @@ def held_out_error(params: dict[str, Any], batch: tuple[Array, Array], *, passes
     for _ in range(passes):
         _, state = neural_memory(
             shown, y[:, :SHOWN], shown, theta, eta, alpha, start, chunk=16, state=state,
-            residual_norm=False,
+            residual_norm=False, max_grad_norm=4.0, max_outer_growth=4.0,
         )  # fmt: skip
     assert state is not None
     read = memory_read(state, x[:, SHOWN:], residual_norm=False)
