@@ -241,15 +241,16 @@ def _train_densely(cfg: RecommenderConfig, settings: TrainSettings, mesh: Mesh) 
 
 
 def _train_by_rows(cfg: RecommenderConfig, settings: TrainSettings, mesh: Mesh) -> _Training:
-    tx, rows = optax.adam(settings.lr), settings.sparse_rows
-    learn = make_recommender_step(cfg, mesh, optimizer=tx, row_lr=settings.lr, rows=rows)
+    tx, how = optax.adam(settings.lr), settings.sparse_rows
+    learn = make_recommender_step(cfg, mesh, optimizer=tx, row_lr=settings.lr, rows=how)
     join = make_join(cfg, mesh)
 
     def step(state: Any, batch: Any) -> tuple[Any, jax.Array]:
-        out = learn(*state, batch)
+        tables, stats = state
+        out = learn(tables, stats, batch)
         return (out.state, out.stats), out.loss
 
-    begun = init_recommender(cfg, mesh, optimizer=tx, rows=rows, seed=settings.seed)
+    begun = init_recommender(cfg, mesh, optimizer=tx, rows=how, seed=settings.seed)
     stats = parallel.initialize(lambda: init_stats(cfg), mesh)
     return _Training((begun, stats), step, lambda state: (join(state[0]), state[1]))
 

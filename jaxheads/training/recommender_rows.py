@@ -164,12 +164,17 @@ def init_recommender(
     """A state at step 0 on the mesh, with the parameters that the dense model starts from.
 
     Args:
+      cfg: the mesh's size must divide the rows of the tables (`row_multiple`).
       optimizer, rows: as for `make_recommender_step`.
       seed: of the parameters.
     """
 
+    begin = lambda: LongSequenceRecommender(cfg, rngs=nnx.Rngs(seed))
+    born = parallel.shardings(jax.eval_shape(begin), mesh)
+
     def build() -> SparseState:
-        model = LongSequenceRecommender(cfg, rngs=nnx.Rngs(seed))
+        # Without the constraint every device would draw the whole of each table and keep its part.
+        model = jax.lax.with_sharding_constraint(begin(), born)
         return begin_state(*split_tables(model, mesh.size), optimizer=optimizer, rows=rows)
 
     places = sparse_shardings(jax.eval_shape(build), mesh)

@@ -30,7 +30,7 @@ from jaxheads.training.sparse_step import init_sparse
 ITEMS, CATEGORIES, B, T, LR = 37, 5, 8, 6, 0.05
 SMALL = dict(representation_dim=4, top_k=3, head_dims=(4,), num_times=8)
 CONFIGS = {
-    "dare": RECOMMENDERS["dare"](ITEMS, CATEGORIES, **SMALL, attention_dim=2),
+    "dare": RECOMMENDERS["dare"](ITEMS, CATEGORIES, **SMALL, attention_dim=2, row_multiple=8),
     "twin-4e": RECOMMENDERS["twin-4e"](ITEMS, CATEGORIES, **SMALL, aux_loss=False),
     "twin-hard": RECOMMENDERS["twin-hard"](ITEMS, CATEGORIES, **SMALL, aux_loss=False),
 }
@@ -84,13 +84,20 @@ def dense_step(model, stats, batch):
 
 
 @pytest.mark.parametrize(
-    ("name", "devices"), [("dare", 8), ("dare", 1), ("twin-4e", 8), ("twin-hard", 8)]
+    ("name", "devices", "method"),
+    [
+        ("dare", 8, "all_to_all"),
+        ("dare", 1, "psum_scatter"),
+        ("twin-4e", 8, "psum_scatter"),
+        ("twin-hard", 8, "psum_scatter"),
+    ],
 )
-def test_a_step_is_the_dense_step(name, devices):
+def test_a_step_is_the_dense_step(name, devices, method):
     cfg, mesh = CONFIGS[name], mesh_of(devices)
     before, stats = model_of(cfg), init_stats(cfg)
     want, want_stats, want_loss = dense_step(before, stats, BATCH)
-    step = make_recommender_step(cfg, mesh, optimizer=optax.sgd(LR), row_lr=LR, rows="sgd")
+    how = dict(optimizer=optax.sgd(LR), rows="sgd", method=method)
+    step = make_recommender_step(cfg, mesh, row_lr=LR, **how)
     out = step(begin(cfg, mesh, "sgd"), stats, BATCH)
     model = join_tables(out.state.params, out.state.tables, devices)
     close(out.loss, want_loss)
@@ -125,7 +132,7 @@ def lazy():
     """A state as training begins it, and its step with lazy Adam."""
     mesh, how = mesh_of(8), dict(optimizer=optax.adam(0.02), rows="adam")
     state = lambda: init_recommender(DARE, mesh, seed=3, **how)
-    return mesh, state, make_recommender_step(DARE, mesh, row_lr=0.02, **how)
+    return mesh, state, make_recommender_step(DARE, mesh, row_lr=0.02, method="psum_scatter", **how)
 
 
 def test_lazy_adam_lowers_the_loss(lazy):
