@@ -18,6 +18,7 @@ from jaxheads.models.recommender import (
 from jaxheads.parallel import make_mesh
 from jaxheads.training.recommender import TrainSettings
 from jaxheads.training.recommender_rows import (
+    batch_ids,
     init_recommender,
     join_tables,
     make_join,
@@ -110,6 +111,20 @@ def test_a_step_is_the_dense_step(name, devices, method):
         np.testing.assert_array_equal(table[others], old[others])
     rows = before.tables("representation")["item"]
     assert (np.abs(table - rows).max(axis=1)[1:10] > 1e-4).any()  # it did learn
+
+
+@pytest.mark.parametrize("name", [*RECOMMENDERS, "add"])
+def test_every_preset_reads_its_rows(name):
+    changes = dict(time_mode="add", history_mean=True) if name == "add" else {}
+    cfg = RECOMMENDERS["dare" if name == "add" else name](ITEMS, CATEGORIES, **SMALL | changes)
+    model, stats = model_of(cfg), init_stats(cfg)
+    rest, tables = split_tables(model, 1)
+    ids = batch_ids(cfg, BATCH)
+    rows = {field: {use: t[ids[field]] for use, t in of.items()} for field, of in tables.items()}
+    got, got_stats = row_loss(rest, rows, (stats, BATCH))
+    want, out = loss(model, stats, BATCH)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    close(got_stats, out.stats)
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
