@@ -10,6 +10,8 @@ The log is grouped by user into WORKDIR/data (or --grouped) the first time and m
 WORKDIR gets config.json, data/, metrics.jsonl, best/ (the model of the highest validation AUC, for
 `launch.serve_recommender`) and result.json with its test scores, which are printed too.
 
+`--set train.sparse_rows=rowwise_adagrad` (or adam) updates only the rows that a batch reads.
+
 taobao and tmall follow the paper: histories of 200, users with 210 events, 19 training events each,
 2 epochs in batches of 2048, Adam 0.01. MovieLens is small, so every event but the last two trains.
 """

@@ -16,7 +16,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +38,12 @@ from jaxheads.models.recommender import (
 from jaxheads.parallel.multihost import is_main_process
 from jaxheads.training.feed import local_block
 from jaxheads.training.ranking import auc, grouped_auc, log_loss
+from jaxheads.training.recommender_rows import (
+    init_recommender,
+    make_join,
+    make_recommender_step,
+)
+from jaxheads.training.sparse_step import row_optimizer
 
 BEST, METRICS = "best", "metrics.jsonl"
 _log = logging.getLogger(__name__)
@@ -52,11 +57,14 @@ class TrainSettings:
     steps: int = 1000
     """Updates."""
     lr: float = 0.01
-    """Adam's learning rate, constant."""
+    """Adam's learning rate, constant; that of rows too."""
     eval_every: int = 150
     """Updates between two validations; there is one after the last update too."""
     seed: int = 0
     """Of the initial parameters."""
+    sparse_rows: str = ""
+    """How rows of item and category tables learn: "" by dense Adam, or only those that a batch
+    touches, by "adam" (lazy) or "rowwise_adagrad"."""
 
     def __post_init__(self):
         for name in ("steps", "eval_every"):
@@ -64,6 +72,8 @@ class TrainSettings:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr={self.lr} must be above 0.")
+        if self.sparse_rows:
+            row_optimizer(self.sparse_rows)
 
 
 class Scores(NamedTuple):
@@ -161,14 +171,14 @@ def fit(
     mesh: Mesh,
     extra: Mapping[str, Any] | None = None,
 ) -> Fitted:
-    """Trains a model with Adam and keeps the one of the highest validation AUC in WORKDIR/best.
+    """Trains a model and keeps the one of the highest validation AUC in WORKDIR/best.
 
     Args:
       cfg: the model; rows of the tables must be multiples of the mesh's size (`row_multiple`).
       batches: this process's training samples, without end.
       validation: gives the samples to validate on, anew at every call.
       workdir: gets best/ (`checkpoints.recommender`) and metrics.jsonl.
-      settings: steps and learning rate.
+      settings: steps, learning rate, and how rows learn.
       mesh: of all devices.
       extra: JSON values to keep beside the model.
     Raises:
@@ -180,20 +190,14 @@ def fit(
     if is_main_process():
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / METRICS).write_text("")
-    tx = optax.adam(settings.lr)
-
-    def begin() -> tuple[Any, Any, Any]:
-        model = LongSequenceRecommender(cfg, rngs=nnx.Rngs(settings.seed))
-        return model, tx.init(model), init_stats(cfg)  # type: ignore[arg-type]
-
-    model, opt_state, stats = parallel.initialize(begin, mesh)
+    begin = _train_by_rows if settings.sparse_rows else _train_densely
+    state, step_fn, model_of = begin(cfg, settings, mesh)
     count = data_process(mesh, mesh.shape["data"] * mesh.shape["fsdp"])[1]
-    step_fn = jax.jit(partial(_step, tx), donate_argnums=(0, 1, 2))
     best, best_step, values = Scores(-1.0, -1.0, math.inf), 0, []
     for step in range(1, settings.steps + 1):
         with jax.set_mesh(mesh):
             batch = put(next(batches), mesh, count)
-            model, opt_state, stats, value = step_fn(model, opt_state, stats, batch)
+            state, value = step_fn(state, batch)
         values.append(value)
         if step % settings.eval_every and step < settings.steps:
             continue
@@ -201,6 +205,7 @@ def fit(
         values = []
         if not math.isfinite(mean):
             raise FloatingPointError(f"the loss is {mean} at step {step}; lower lr.")
+        model, stats = model_of(state)
         scores = evaluate(model, stats, validation(), mesh=mesh)
         line = {"step": step, "loss": mean, **scores._asdict()}
         _tell(workdir, line | {"seconds": round(time.perf_counter() - start, 1)})
@@ -210,10 +215,44 @@ def fit(
     return Fitted(best, best_step, time.perf_counter() - start)
 
 
-def _step(tx: optax.GradientTransformation, model: Any, opt_state: Any, stats: Any, batch: Any):
-    (value, out), grads = jax.value_and_grad(loss, has_aux=True)(model, stats, batch)
-    updates, opt_state = tx.update(grads, opt_state, model)
-    return optax.apply_updates(model, updates), opt_state, out.stats, value
+class _Training(NamedTuple):
+    state: Any
+    step: Callable[[Any, Any], tuple[Any, jax.Array]]
+    """(state, batch) -> (state, loss); the state given is used up."""
+    model_of: Callable[[Any], tuple[LongSequenceRecommender, Any]]
+    """state -> (model, stats)."""
+
+
+def _train_densely(cfg: RecommenderConfig, settings: TrainSettings, mesh: Mesh) -> _Training:
+    tx = optax.adam(settings.lr)
+
+    def begin() -> tuple[Any, Any, Any]:
+        model = LongSequenceRecommender(cfg, rngs=nnx.Rngs(settings.seed))
+        return model, tx.init(model), init_stats(cfg)  # type: ignore[arg-type]
+
+    def step(state: Any, batch: Any) -> tuple[Any, jax.Array]:
+        model, opt_state, stats = state
+        (value, out), grads = jax.value_and_grad(loss, has_aux=True)(model, stats, batch)
+        updates, opt_state = tx.update(grads, opt_state, model)
+        return (optax.apply_updates(model, updates), opt_state, out.stats), value
+
+    state = parallel.initialize(begin, mesh)
+    return _Training(state, jax.jit(step, donate_argnums=0), lambda state: (state[0], state[2]))
+
+
+def _train_by_rows(cfg: RecommenderConfig, settings: TrainSettings, mesh: Mesh) -> _Training:
+    tx, how = optax.adam(settings.lr), settings.sparse_rows
+    learn = make_recommender_step(cfg, mesh, optimizer=tx, row_lr=settings.lr, rows=how)
+    join = make_join(cfg, mesh)
+
+    def step(state: Any, batch: Any) -> tuple[Any, jax.Array]:
+        tables, stats = state
+        out = learn(tables, stats, batch)
+        return (out.state, out.stats), out.loss
+
+    begun = init_recommender(cfg, mesh, optimizer=tx, rows=how, seed=settings.seed)
+    stats = parallel.initialize(lambda: init_stats(cfg), mesh)
+    return _Training((begun, stats), step, lambda state: (join(state[0]), state[1]))
 
 
 def _tell(workdir: Path, line: dict[str, Any]) -> None:

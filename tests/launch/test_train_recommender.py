@@ -91,6 +91,21 @@ def test_a_mesh_trains_the_same_model(single, log, tmp_path):
         np.testing.assert_allclose(b[: len(a)], a, atol=1e-5)
 
 
+def test_rows_by_lazy_adam(single, log, tmp_path):
+    """For two steps that is Adam: a row is first read as it began, or as its first step left it."""
+    workdir = single[0]
+    given = plan(log, tmp_path, "train.sparse_rows=adam", grouped=str(workdir / "data"))
+    got = run(given, {})
+    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (workdir, tmp_path)]
+    dense, sparse = ([json.loads(line) for line in text] for text in lines)
+    assert sparse[0]["loss"] == pytest.approx(dense[0]["loss"], rel=1e-5)
+    assert got["steps"] == 3 and 0 <= got["test"]["auc"] <= 1
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["sparse_rows"] == "adam"
+    one, other = (files.load(folder / "best").model for folder in (workdir, tmp_path))
+    for use in ("attention", "representation"):
+        assert one.tables(use)["item"].shape == other.tables(use)["item"].shape
+
+
 def but(*settings):
     """SMALL with other settings."""
     ours = {text.partition("=")[0] for text in settings}
@@ -148,6 +163,7 @@ CASES = {
     "split": (bad("samples.split=test"), "the samples trained on are 'train'"),
     "field": (bad("samples.histroy=5"), "'histroy'; did you mean 'history'?"),
     "lr": (bad("train.lr=-1"), "lr=-1.0 must be above 0"),
+    "rows of Adam": (bad("train.sparse_rows=adagrad"), "unknown row optimizer 'adagrad'"),
     "steps": (bad("train.steps=0"), "steps=0 must be at least 1"),
     "twin": (bad("model.attention_dim=2", model="twin"), "attention_dim=2 with decoupling='sh"),
     "short": (bad("model.top_k=13"), "histories of length 12 with top_k=13"),
