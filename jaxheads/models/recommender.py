@@ -158,8 +158,9 @@ def apply(
     taps.check(SITES, 0, type(model).__name__)
     tap = Tap(taps)
     mask = batch["history_item"] > 0  # [B,T]
-    vectors = _vectors(model, batch, tap, lookup)
-    if _scores_by_field(cfg) and not tap.wants("embed"):
+    by_field = _scores_by_field(cfg) and not tap.wants("embed")
+    vectors = _vectors(model, batch, tap, lookup, has_attention=not by_field)
+    if by_field:
         scores = dare.relevance_of_ids(
             model.tables("attention"),
             *(jnp.asarray(batch[n]) for n in ("item", "category")),
@@ -220,8 +221,14 @@ class _Vectors(NamedTuple):
 
 
 def _vectors(
-    model: LongSequenceRecommender, batch: Batch, tap: Tap, lookup: dare.Lookup
+    model: LongSequenceRecommender,
+    batch: Batch,
+    tap: Tap,
+    lookup: dare.Lookup,
+    *,
+    has_attention: bool,
 ) -> _Vectors:
+    """The vectors of a batch; without attention, those of representation stand in their place."""
     cfg = model.cfg
     item, category = batch["item"], batch["category"]
     past_item, past_category = batch["history_item"], batch["history_category"]
@@ -237,7 +244,7 @@ def _vectors(
         )
 
     r, values = of("representation")
-    q, keys = (r, values) if cfg.is_shared else of("attention")
+    q, keys = of("attention") if has_attention and not cfg.is_shared else (r, values)
     if tap.wants("embed"):
         q, keys, r, values = _tapped(tap, cfg, q, keys, r, values)
     if model.projections is not None:
@@ -260,8 +267,7 @@ def _tapped(tap: Tap, cfg: RecommenderConfig, q: Array, keys: Array, r: Array, v
 def _scores_by_field(cfg: RecommenderConfig) -> bool:
     """Whether nothing but the dot product reads the attention vectors.
 
-    They need not be formed then (what `_vectors` says of them is dead code). Shared tables have
-    their vectors formed for pooling anyway.
+    They need not be formed then. Shared tables have their vectors formed for pooling anyway.
     """
     return (
         cfg.decoupling in ("dare", "four_tables")
