@@ -45,6 +45,7 @@ def full(visible, shape):
     return np.broadcast_to(True if visible is None else np.asarray(visible), shape)
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(masks(), st.data())
 def test_materialize_tile_rows_range_and_pad_agree_with_the_loop(case, data):

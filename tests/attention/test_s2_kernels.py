@@ -108,6 +108,7 @@ def test_rows_merge_into_larger_query_tiles():
     check(functools.partial(s2_pallas_tpu.attend, block_q=512), pattern, 900, 16)
 
 
+@pytest.mark.slow
 def test_blocks_larger_than_a_tile_are_split():
     launch = Launch(32, 16, 4, 2)
     attend = functools.partial(s2_pallas_gpu.attend, forward=launch, backward=launch)
@@ -122,6 +123,7 @@ def test_merged_tiles_of_the_gpu_kernel(block):
     check(attend, ShardPattern(block, 3, 4, num_heads=4), 230, 16)
 
 
+@pytest.mark.slow
 def test_long_worklists_are_split_into_launches():
     pattern = ShardPattern(128, 1, 2, num_heads=4, num_kv_heads=2)
     whole = s2_pallas_tpu.make_lists(pattern, _shape(pattern, 1024, 128), 10_000, 1)

@@ -48,6 +48,7 @@ def test_every_file_has_a_checksum(two_steps):
     assert checksums.is_complete(two_steps / "2") and checksums.problems(two_steps / "2") == []
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_any_file_is_noticed(two_steps, tmp_path, caplog):
     names = files(two_steps / "2")
     assert len(names) > 15

@@ -303,6 +303,7 @@ def test_user_events_are_checked(tmp_path):
         data.user_events(40)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_log(tmp_path):
     """Eight times the rows, and users, over the same items: the peak stays."""
 

@@ -110,6 +110,7 @@ def test_config_is_hashable_and_rebuilds(corpus):
     assert hash(again) == hash(cfg)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     texts=st.lists(st.text(max_size=40), min_size=1, max_size=12),

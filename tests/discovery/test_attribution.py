@@ -108,6 +108,7 @@ EDGES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=pytest.mark.slow) if n in ("gemma", "gptj") else n for n in EDGES],
@@ -208,6 +209,7 @@ def test_edges_of_a_head_add_up_to_its_attribution(name):
     np.testing.assert_allclose(edges.heads(), want, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_integrated_gradients_are_complete():
     model, clean, corrupt = prompts("llama")
     gap = METRIC(forward(model, corrupt).logits) - METRIC(forward(model, clean).logits)

@@ -223,6 +223,7 @@ def test_padding_moves_the_last_slot():
             np.testing.assert_allclose(got[..., row], want, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("receivers", ["logits", [(2, 1, "q"), (1, 0, "k")]])
 def test_sharded_equals_unsharded(receivers):
     model, _, _, _ = setup("llama")

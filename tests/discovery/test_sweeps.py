@@ -163,6 +163,7 @@ def _silence_others(forward, mask):
     return scale_heads(forward, mask)
 
 
+@pytest.mark.slow
 def test_wrappers_as_edits():
     model, (batch, _) = model_of("neox"), _prompts("neox")
     got = _both(sweep_heads, forward, model, batch, edit=_silence, metric=LAST)

@@ -51,6 +51,7 @@ def test_claims_hold_and_fail():
     assert not dare.decide(one_seed, control, [dare.Fight(9.0, 0)])[0].holds
 
 
+@pytest.mark.slow
 def test_training_takes_any_stream_of_batches():
     """Twin: a few steps lower the loss; tied copies take the same steps."""
     log, world = make_click_log(0, 64)

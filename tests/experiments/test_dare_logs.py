@@ -31,6 +31,7 @@ def test_claims_compare_seed_means():
     assert not dare_logs.decide(scores)[0].holds
 
 
+@pytest.mark.slow
 def test_from_a_log_to_claims(tmp_path, capsys):
     events = random_events(3, users=24, items=80, categories=6, rows=600)
     write(tmp_path / "UserBehavior.csv", taobao_lines(events))

@@ -36,6 +36,7 @@ def launch(*args):
     return subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_writes_what_generate_returns(model_dir):
     model, tokenizer = huggingface.load(model_dir), Tokenizer.load("bytes")
     done = launch(

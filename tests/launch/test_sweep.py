@@ -233,6 +233,7 @@ def test_an_interrupted_sweep_goes_on(command, task, monkeypatch, tmp_path, caps
     assert len(calls) == 7
 
 
+@pytest.mark.slow
 def test_the_loop_is_closed_from_the_command_line(model_dir, task, tmp_path):
     """Find on a mesh, look, and evaluate without the heads found."""
     run = lambda *args: subprocess.run(

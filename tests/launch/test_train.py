@@ -127,6 +127,7 @@ def test_a_run_from_start_to_end_and_on(environment, corpus, tmp_path):
     assert "is of another model: qk_norm: False -> True" in other.stderr
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_with_zero(environment, corpus, tmp_path):
     process = start(environment, tmp_path, corpus, "--steps=100000", "--set=train.log_every=1")
     wait_for(lambda: last_step(tmp_path) >= 3, process)

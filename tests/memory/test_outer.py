@@ -22,7 +22,10 @@ def gradients(args, growth, *, chunk=4, **options):
     return jax.jit(run, compiler_options=FAST_COMPILE)(*args)
 
 
-@pytest.mark.parametrize("moved", [False, True], ids=["whole chunks", "slots"])
+BOTH = [False, pytest.param(True, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("moved", BOTH, ids=["whole chunks", "slots"])
 def test_a_wide_limit_changes_nothing(moved):
     args = tokens(14, depth=2)
     mask = jnp.arange(14) != 5
@@ -32,7 +35,7 @@ def test_a_wide_limit_changes_nothing(moved):
     assert_close(gradients(args, 1e9, **options), gradients(args, None, **options), 1e-6)
 
 
-@pytest.mark.parametrize("moved", [False, True], ids=["whole chunks", "slots"])
+@pytest.mark.parametrize("moved", BOTH, ids=["whole chunks", "slots"])
 def test_the_limit_bounds_what_goes_back(moved):
     """Many chunks of a deep memory that forgets: huge without the limit, bounded with it."""
     k, v, q, theta, eta, alpha, params = tokens(256, depth=4, batch=1, heads=1)
@@ -45,6 +48,7 @@ def test_the_limit_bounds_what_goes_back(moved):
     assert 0 < held[1] < held[0] < 5000
 
 
+@pytest.mark.slow
 def test_the_last_reads_are_exact_when_earlier_chunks_are_limited():
     """The derivative of a query is local; of what is asked of the end state nothing is lost."""
     args = tokens(12, depth=2)

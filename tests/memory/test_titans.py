@@ -192,6 +192,7 @@ def test_later_tokens_change_nothing_before_them():
             assert not jnp.array_equal(y[:, 13:], z[:, 13:])
 
 
+@pytest.mark.slow
 def test_stopping_inner_gradients_changes_gradients_only():
     args = tokens(LENGTH, batch=1)
     full = gradients_of("dual", chunk=4)(*args)

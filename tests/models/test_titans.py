@@ -169,6 +169,7 @@ def test_gates_lie_where_they_should_and_keys_have_unit_length():
     assert tokens.alpha.mean() < 0.2 < tokens.eta.mean()
 
 
+@pytest.mark.slow
 def test_without_the_inner_gradient_keys_and_values_learn_nothing_from_being_written():
     def slopes(stop):
         options = MemoryOptions(chunk=4, persistent=2, stop_inner_grad=stop)

@@ -128,6 +128,7 @@ def remat_run(model, batch, cfg, policy):
     return compiled.memory_analysis().temp_size_in_bytes, float(loss), grads
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_memory_and_nothing_else():
     deep = dataclasses.replace(TINY, num_layers=12)
     model, batch, cfg = random_model(deep), random_batch(deep, 8, 64), TrainConfig()
@@ -209,6 +210,7 @@ def test_integer_leaves_ride_along():
     np.testing.assert_array_equal(new.model.buffer[...], [0, 1, 2])
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_keeps_float32_masters():
     cfg = TrainConfig()
     optimizer = make_optimizer(cfg)
