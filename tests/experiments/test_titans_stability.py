@@ -2,47 +2,42 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import titans_stability
+from experiments.titans_lm import corpus
 
-SMALL = dict(width=8, chunk=16)
+
+@pytest.fixture(scope="module")
+def train():
+    text, _ = corpus("stdlib", 100_000)
+
+    def run(arm, steps, length):
+        numbers = titans_stability.train(0, text, steps=steps, length=length, width=8, arm=arm)
+        return map(np.asarray, numbers)
+
+    return run
 
 
 @pytest.mark.slow
-def test_defaults_stay_finite_and_learn():
-    run = titans_stability.train(0, steps=60, length=256, arm="default", **SMALL)
-    loss, grad, largest = map(np.asarray, run)
-    assert np.isfinite(loss).all() and np.isfinite(grad).all() and np.isfinite(largest).all()
+def test_defaults_stay_finite_and_learn(train):
+    loss, grad, memory = train("default", 60, 256)
+    assert np.isfinite(loss).all() and np.isfinite(grad).all() and np.isfinite(memory).all()
     assert loss[-5:].mean() < loss[0] - 0.2
-    assert grad.max() < 100
+    assert grad.max() < 1000
 
 
 @pytest.mark.slow
-def test_the_limit_is_what_keeps_the_outer_gradient_finite():
-    """At 1,024 tokens one gradient overflows without it, though the loss is finite."""
-    params = titans_stability.init(jax.random.key(0), 8)
-    tokens = titans_stability.batch(jax.random.key(1), 1024)
-
-    def gradient(arm):
-        settings = titans_stability.ARMS[arm]
-        loss = lambda p: titans_stability.loss_fn(p, tokens, chunk=16, **settings)
-        (value, _), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-        leaves = jax.tree.leaves(grads)
-        return value, jnp.sqrt(sum(jnp.sum(g * g) for g in leaves))
-
-    value, norm = gradient("no limit")
-    assert jnp.isfinite(value) and not norm < 1e6
-    value, norm = gradient("default")
-    assert jnp.isfinite(value) and norm < 10
+def test_a_plain_memory_with_a_step_of_one_breaks(train):
+    loss, _, _ = train("plain", 5, 1024)
+    assert not np.isfinite(loss).all()
 
 
 @pytest.mark.slow
-def test_a_plain_memory_with_a_step_of_one_breaks():
-    run = titans_stability.train(
-        0, steps=5, length=256, arm="no limit, plain, theta_max=1", **SMALL
-    )
-    assert not np.isfinite(np.asarray(run[0])).all()
+def test_the_limits_are_what_keeps_the_outer_gradient_finite(train):
+    """Without them it overflows at 1,024 tokens, though every loss is finite."""
+    loss, grad, _ = train("no limits", 3, 1024)
+    assert np.isfinite(loss).all() and not np.isfinite(grad).all()
+    loss, grad, _ = train("lasting", 3, 1024)
+    assert np.isfinite(loss).all() and np.isfinite(grad).all()
