@@ -282,7 +282,7 @@ def memory_step(
       theta, eta, alpha: [B,H] or [B,H,L].
       chunk: as in `neural_memory`; the reference weights are renewed every `chunk` tokens.
       **options: `loss`, `residual_norm`, `read`, `stop_inner_grad`, `max_grad_norm`,
-        `channel_alpha` [B,H,D], `precision` of `neural_memory`.
+        `max_outer_growth`, `channel_alpha` [B,H,D], `precision` of `neural_memory`.
     Returns:
       y [B,H,D] and the new state.
     """

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxheads.attention.rope import inverse_frequencies, rotate
+from jaxheads.memory.outer import norm
 from jaxheads.memory.titans import MemoryOut, MemoryState, init_state, run_memory
 from jaxheads.models.configs import ModelConfig
 from jaxheads.models.layers import normal, param
@@ -180,14 +181,8 @@ def tap_memory(tap: Tap, out: MemoryOut) -> Array:
     if tap.wants("mem_surprise"):
         tap("mem_surprise", out.surprise)
     if tap.wants("mem_norm"):
-        tap("mem_norm", state_norm(out.state))
+        tap("mem_norm", norm(out.state.weights))
     return tap("mem_out", constrain(out.y, HEADS))
-
-
-def state_norm(state: MemoryState) -> Array:
-    """[B,H] Frobenius norm of all matrices of a memory."""
-    squares = [jnp.sum(jnp.square(w), axis=(-2, -1)) for w in state.weights]
-    return jnp.sqrt(sum(squares, jnp.zeros_like(squares[0])))
 
 
 class LayerInput(NamedTuple):

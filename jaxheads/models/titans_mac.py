@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxheads import attention
+from jaxheads.memory.outer import norm
 from jaxheads.memory.placement import place
 from jaxheads.memory.titans import MemoryOut, MemoryState, memory_read, run_memory
 from jaxheads.models.configs import ModelConfig
@@ -39,7 +40,6 @@ from jaxheads.models.titans_layers import (
     inner_options,
     lead_of,
     persistent_of,
-    state_norm,
 )
 from jaxheads.models.titans_masks import mac_mask
 from jaxheads.models.titans_modules import (
@@ -210,7 +210,7 @@ def mac(module: TitansParams, options: MacOptions, call: LayerInput, held: MacSt
         recall, _ = _recall_queries(module, x, None, None)
         out, memory = _whole(shared, call, q, k, v, recall)
         if tap.wants("mem_norm"):
-            tap("mem_norm", state_norm(memory))
+            tap("mem_norm", norm(memory.weights))
         return out, None
     if options.mode == "literal":
         raise NotImplementedError(
@@ -238,7 +238,7 @@ def mac(module: TitansParams, options: MacOptions, call: LayerInput, held: MacSt
     run = _one if length == 1 else _placed
     out, new = run(shared, call, docs, Segment(q, k, v, recall, docs.ids), held)
     if tap.wants("mem_norm"):
-        tap("mem_norm", state_norm(new.memory))
+        tap("mem_norm", norm(new.memory.weights))
     return out, new if goes_on else None
 
 
