@@ -126,7 +126,7 @@ def test_options(flag_values):
 def test_sizes(flag_values):
     flag_values(["x", "--size=real"])
     assert common.options(has_real_size=True).size == "real"
-    with pytest.raises(ValueError, match="--size=real: this experiment .* use default"):
+    with pytest.raises(ValueError, match="--size=real: this experiment trains its own models"):
         common.options()
     flag_values(["x", "--size=smoke"])
     assert common.options().quick
