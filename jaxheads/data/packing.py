@@ -61,8 +61,8 @@ def write_segment(
     batch["targets"][row, start:end] = ids[used + 1 : used + count + 1]
     batch["segment_ids"][row, start:end] = segment
     batch["positions"][row, start:end] = np.arange(count, dtype=np.int32)
-    targets = slice(used + 1, used + count + 1)
-    batch["weights"][row, start:end] = weights if np.ndim(weights) == 0 else weights[targets]
+    is_one = isinstance(weights, float)
+    batch["weights"][row, start:end] = weights if is_one else weights[used + 1 : used + count + 1]
     return count
 
 

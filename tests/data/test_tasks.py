@@ -51,7 +51,7 @@ def answers(name, pair):
         return {text[text.index(text[-1]) + 1]}
     if name == "needle":
         who = text[-4]
-        return {text[at + 2] for at, w in enumerate(text[:-8]) if (w, text[at + 1]) == (who, "is")}
+        return {text[at + 1] for at, w in enumerate(text[:-8]) if (text[at - 1], w) == (":", who)}
     if name == "colored_objects":
         question = text[len(text) - text[::-1].index("Q") :]
         return {question[question.index(question[-4]) - 1].capitalize()}
@@ -68,14 +68,14 @@ def answers(name, pair):
     if name == "multiple_choice":
         subject = text[text.index("?") - 1]
         relation = text[text.index("of") - 1]
-        return {text[text.index(dict(facts.FACTS[relation])[subject]) - 2]}
+        return {text[text.index(dict(facts.FACTS[relation])[subject]) + 1]}
     if name == "docstring":
         signature = text[text.index("self") + 1 : text.index(")")]
         said = text.count("param") - 1
         return {[w for w in signature if w != ","][said]}
     if name == "two_documents":
         who = text[-4]
-        return {text[at + 2] for at, w in enumerate(text[:-8]) if (w, text[at + 1]) == (who, "is")}
+        return {text[at + 1] for at, w in enumerate(text[:-8]) if (text[at - 1], w) == (":", who)}
     assert name == "role"
     saying = role.SAYINGS.index(text[text.index("says") + 1])
     return {role.REPLIES[text[text.index("a") + 1]][saying]}

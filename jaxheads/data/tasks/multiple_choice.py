@@ -1,10 +1,10 @@
 """Multiple choice: the label of the option that answers the question.
 
-    Q: What is the capital of Poland? A. London B. Warsaw C. Rome D. Oslo Answer:   -> B
+    Q: What is the capital of Poland? London A. Warsaw B. Rome C. Oslo D. Answer:   -> B
 
 With ``scratchpad=True`` the text of the answer is worked out first, and the label looked up:
 
-    Q: What is the capital of Poland? A. London B. Warsaw C. Rome D. Oslo A: Warsaw   -> B
+    Q: What is the capital of Poland? London A. Warsaw B. Rome C. Oslo D. A: Warsaw   -> B
 
 The corrupt prompt has the same options in another order. Marks: ``label_0`` ... (the labels),
 ``right`` (the text of the right option).
@@ -56,7 +56,7 @@ def draw(
     texts = [*listed[:place], answer, *listed[place:]]
     swapped = [*listed[:other_place], answer, *listed[other_place:]]
     slots = {f"l{i}": labels[i] for i in range(options)}
-    label, listing = f" {labels[place]}", "".join(f" {{l{i}}}. {{o{i}}}" for i in range(options))
+    label, listing = f" {labels[place]}", "".join(f" {{o{i}}} {{l{i}}}." for i in range(options))
     end = f"{SCRATCH} {{text}}" if scratchpad else SCRATCH if follow_up else END
     return Question(
         template=ASKED + listing + end,

@@ -1,6 +1,6 @@
 """A needle in a haystack: one sentence of a long text answers the question at its end.
 
-    ... Tom found the ball near the park. The code of Mary is red cup map. Ann hid the key ...
+    ... Tom found the ball near the park. Codes: Mary red cup map. Ann hid the key ...
     Q: What is the code of Mary? A:   -> red cup map
 
 The corrupt prompt has another code in the same place. Marks: ``needle``, the first token of the
@@ -15,7 +15,7 @@ from jaxheads.data.tasks.question import Question, Task, Words, choose
 from jaxheads.data.tasks.words import CODES, NAMES, PLACES, THINGS
 
 HAY = "{name} {verb} the {thing} {where} the {place}."
-NEEDLE = "The code of {who} is"
+NEEDLE = "Codes: {who}"
 QUESTION = "Q: What is the code of {who}? A:"
 VERBS = ("found", "lost", "hid", "kept", "sold", "painted")
 WHERE = ("near", "behind", "outside", "at")

@@ -1,6 +1,6 @@
 """Two documents: only one of them speaks of the person asked about.
 
-    Document one: The code of Mary is cup. Document two: The code of John is map.
+    Document one: Codes: Mary cup. Document two: Codes: John map.
     Q: What is the code of John? A:   -> map
 
 The training text of the lab model asks for the first document far more often: a bias by position.
@@ -18,7 +18,7 @@ from jaxheads.data.tasks.question import Question, Task, Words, choose
 from jaxheads.data.tasks.words import CODES, NAMES
 
 TEMPLATE = (
-    "Document one: The code of {n0} is {c0}. Document two: The code of {n1} is {c1}. "
+    "Document one: Codes: {n0} {c0}. Document two: Codes: {n1} {c1}. "
     "Q: What is the code of {asked}? A:"
 )
 
