@@ -5,14 +5,14 @@ Then those of the highest scores are masked, beside as many random others; facts
 knows by heart must survive. Wu et al., 2024, arXiv:2404.15574.
 
     python -m experiments.retrieval_heads              # three lab models, minutes on one core
-    python -m experiments.retrieval_heads --model=/ckpt/Llama-2-7b-80k --needles=needles.json \\
-        --haystack=essays.txt --lengths=1000:50000:20 --depths=10 --num_needles=3 --batch_size=4 \\
-        --mask_k=30,-30 --mode=uniform_decode --mesh=data:4,model:8
+    python -m experiments.retrieval_heads --size=real --model=/ckpt/Llama-2-7b-80k \\
+        --needles=needles.json --haystack=essays.txt --batch_size=4 --mask_k=30,-30 \\
+        --mode=uniform_decode --mesh=data:4,model:8
 
-A model with the tokenizer of the lab language is asked in it, in contexts of at most 256 tokens,
-the length it was trained at. Other models get the needles of --needles (JSON: needle, question,
-answer) in the text of --haystack. It writes heads.json, which `launch.evaluate --heads` reads, to
---workdir.
+A model with the tokenizer of the lab language is asked in it, in contexts as long as it was trained
+on (240 tokens). Other models get the needles of --needles (JSON: needle, question, answer) in the
+text of --haystack; --size=real is the paper's grid, --lengths=1000:50000:20. It writes heads.json,
+which `launch.evaluate --heads` reads, to --workdir.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ THRESHOLD = 0.1
 NUM_RANDOM = 5
 """Random sets of heads beside those of the highest scores."""
 MODES = ("uniform_decode", "zero_output")
+GRIDS = {
+    "smoke": ("64:240:2", 2, 5),
+    "default": ("64:240:4", 10, 5),
+    "real": ("1000:50000:20", 10, 3),
+}
+"""size -> lengths, depths, and needles at each of them; flags change them."""
 
 
 class Study(NamedTuple):
@@ -210,9 +216,9 @@ def define_flags() -> None:
     loading.define_model_flags()
     absl_flags.FLAGS.set_default("model", "lab")
     text, number = absl_flags.DEFINE_string, absl_flags.DEFINE_integer
-    text("lengths", "64:248:4", "Tokens of context: 64,128 or START:END:COUNT.")
-    number("depths", 10, "Depths of the needle, evenly spaced from 0 to 100 %.", lower_bound=1)
-    number("num_needles", 5, "Needles at every length and depth.", lower_bound=1)
+    text("lengths", None, "Tokens of context: 64,128 or START:END:COUNT; default: of --size.")
+    number("depths", None, "Depths of a needle, evenly spaced from 0 to 100 %.", lower_bound=1)
+    number("num_needles", None, "Needles at every length and depth.", lower_bound=1)
     text("needles", None, "JSON list of needle, question, answer; default: the lab language.")
     text("haystack", None, "Text around the needles of --needles: files, directories or globs.")
     number("max_new", None, "Tokens generated at most; default: 50 (lab: the answer's).")
@@ -226,11 +232,12 @@ def names_of(model: str, seeds: Sequence[int]) -> list[str]:
     return [f"lab-{seed}" if model == "lab" and seed else model for seed in seeds]
 
 
-def make_task(given: Any, tokenizer: Any, quick: bool, seed: int) -> Task:
+def make_task(given: Any, tokenizer: Any, size: str, seed: int) -> Task:
     """The questions that the flags ask for."""
-    lengths = spread(given.lengths)[: 2 if quick else None]
-    depths = np.linspace(0, 100, 2 if quick else given.depths).tolist()
-    options = dict(num_needles=given.num_needles, max_new=given.max_new, seed=seed)
+    asked = (given.lengths, given.depths, given.num_needles)
+    text, count, num_needles = (a or b for a, b in zip(asked, GRIDS[size]))
+    lengths, depths = spread(text), np.linspace(0, 100, count).tolist()
+    options = dict(num_needles=num_needles, max_new=given.max_new, seed=seed)
     speaks_lab = tokenizer.digest == jh.Tokenizer.load("lab").digest
     if given.needles is None and speaks_lab:
         return lab_task(tokenizer, lengths, depths, **options)
@@ -239,7 +246,7 @@ def make_task(given: Any, tokenizer: Any, quick: bool, seed: int) -> Task:
 
 def main() -> int:
     """Runs the experiment; returns its exit code."""
-    given, run = absl_flags.FLAGS, common.options()
+    given, run = absl_flags.FLAGS, common.options(has_real_size=True)
     unknown = [mode for mode in given.mode if mode not in MODES]
     if unknown:
         raise ValueError(f"--mode={unknown[0]} is not one of {', '.join(MODES)}.")
@@ -251,7 +258,7 @@ def main() -> int:
         share = max(2, round(0.05 * model.cfg.num_layers * model.cfg.num_heads))
         curve = [share] if run.quick else [share // 2, share, 2 * share, 4 * share]
         mask_k = spread(given.mask_k) if given.mask_k else [*curve, -share]
-        task = make_task(given, tokenizer, run.quick, seed)
+        task = make_task(given, tokenizer, run.size, seed)
         with jax.set_mesh(mesh):
             one = study(
                 model,
