@@ -122,6 +122,8 @@ def _alike(a: np.ndarray, b: np.ndarray) -> float:
 
 def head_sets(score: np.ndarray, k: int, num_random: int, seed: int) -> list[np.ndarray]:
     """Masks [L,H]: that of the top `k` heads, or for negative k random sets below the threshold."""
+    if k == 0:
+        raise ValueError("--mask_k=0 masks nothing; give numbers such as 30,-30.")
     if k > 0:
         return [jh.HeadScores(score).mask(k).astype(np.float32)]
     keys = jax.random.split(jax.random.key(seed), num_random)
@@ -257,7 +259,8 @@ def main() -> int:
         )
         share = max(2, round(0.05 * model.cfg.num_layers * model.cfg.num_heads))
         curve = [share] if run.quick else [share // 2, share, 2 * share, 4 * share]
-        mask_k = spread(given.mask_k) if given.mask_k else [*curve, -share]
+        random = [-share] if run.quick else [-share, -4 * share]
+        mask_k = spread(given.mask_k) if given.mask_k else curve + random
         task = make_task(given, tokenizer, run.size, seed)
         with jax.set_mesh(mesh):
             one = study(

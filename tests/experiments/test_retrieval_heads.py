@@ -72,6 +72,9 @@ def test_sets_of_heads():
     random = retrieval_heads.head_sets(score, -3, 5, seed=0)
     assert len(random) == 5 and all(s.sum() == 3 and not (s * (score > 0.1)).any() for s in random)
     assert len({s.tobytes() for s in random}) > 1
+    for k, message in ((0, "masks nothing"), (13, "from 1 to 12"), (-11, "cannot be drawn")):
+        with pytest.raises(ValueError, match=message):
+            retrieval_heads.head_sets(score, k, 5, seed=0)
 
 
 def test_flags_are_read():
