@@ -221,6 +221,8 @@ def define_flags() -> None:
     text("lengths", None, "Tokens of context: 64,128 or START:END:COUNT; default: of --size.")
     number("depths", None, "Depths of a needle, evenly spaced from 0 to 100 %.", lower_bound=1)
     number("num_needles", None, "Needles at every length and depth.", lower_bound=1)
+    number("people", 3, "Lab language: people with a code in a text; one is asked about.",
+           lower_bound=1)  # fmt: skip
     text("needles", None, "JSON list of needle, question, answer; default: the lab language.")
     text("haystack", None, "Text around the needles of --needles: files, directories or globs.")
     number("max_new", None, "Tokens generated at most; default: 50 (lab: the answer's).")
@@ -242,7 +244,7 @@ def make_task(given: Any, tokenizer: Any, size: str, seed: int) -> Task:
     options = dict(num_needles=num_needles, max_new=given.max_new, seed=seed)
     speaks_lab = tokenizer.digest == jh.Tokenizer.load("lab").digest
     if given.needles is None and speaks_lab:
-        return lab_task(tokenizer, lengths, depths, **options)
+        return lab_task(tokenizer, lengths, depths, people=given.people, **options)
     return file_task(tokenizer, lengths, depths, given.needles, given.haystack, **options)
 
 

@@ -17,8 +17,6 @@ from jaxheads.discovery import NeedleInstance, find_span, make_needle_instances
 
 CODE_WORDS = 3
 """Of a needle in the lab language: a span is more than one token."""
-PEOPLE = 3
-"""With codes in a text of the lab language, as in training; one is asked for."""
 NUM_FACTS = 60
 MAX_NEW = 50
 _BESIDE = Path(__file__).parents[1] / "../shared/data"  # real needles and text, where there are any
@@ -39,12 +37,14 @@ class Task(NamedTuple):
     """Closed-book questions, and the token that answers; none outside the lab language."""
 
 
-def lab_task(tokenizer: Any, lengths: Sequence[int], depths: Sequence[float], *, num_needles: int,
-             max_new: int | None, seed: int) -> Task:  # fmt: skip
+def lab_task(tokenizer: Any, lengths: Sequence[int], depths: Sequence[float], *, people: int,
+             num_needles: int, max_new: int | None, seed: int) -> Task:  # fmt: skip
     """Codes of three words that no training text had, and facts that training did have.
 
-    A wrong span is the code of somebody else in the same text.
+    A text has the codes of several `people`, one of whom is asked about. A wrong span is the code
+    of another, or with one person anywhere else.
     """
+    rng = np.random.default_rng(seed)
     made, misplaced = [], []
     cells = [(length, depth) for length in lengths for depth in depths]
     for number, (length, depth) in enumerate(cells):
@@ -57,15 +57,18 @@ def lab_task(tokenizer: Any, lengths: Sequence[int], depths: Sequence[float], *,
             length=length,
             depth=depth / 100,
             code_words=CODE_WORDS,
-            needles=PEOPLE,
+            needles=people,
         )
         for pair in pairs:
             ids = tokenizer.encode(pair.clean)
             span = (pair.marks["needle"], pair.marks["needle_end"])
             one = NeedleInstance(ids, *span, ids[slice(*span)], length, depth)
-            begin, end = find_span(ids, tokenizer.encode(pair.distractors[0]))
+            wrong = elsewhere(one, rng)
+            if people > 1:
+                begin, end = find_span(ids, tokenizer.encode(pair.distractors[0]))
+                wrong = dataclasses.replace(one, needle_start=begin, needle_end=end)
             made.append(one)
-            misplaced.append(dataclasses.replace(one, needle_start=begin, needle_end=end))
+            misplaced.append(wrong)
     facts = [
         (tokenizer.encode(pair.clean).tolist(), next_token(tokenizer, pair.clean, pair.answer))
         for pair in generate("facts", tokenizer, NUM_FACTS, seed=seed)

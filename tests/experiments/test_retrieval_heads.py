@@ -17,7 +17,9 @@ ROW = {"needle": "Ann keeps the key in a pot.", "question": "Where?", "answer": 
 
 def test_needles_of_the_lab_language():
     lab = jh.Tokenizer.load("lab")
-    task = retrieval_tasks.lab_task(lab, [64, 128], [0, 100], num_needles=2, max_new=None, seed=1)
+    task = retrieval_tasks.lab_task(
+        lab, [64, 128], [0, 100], people=2, num_needles=2, max_new=None, seed=1
+    )
     assert len(task.instances) == 8 and task.max_new == 3
     for one, other in zip(task.instances, task.misplaced):
         text = lab.decode(one.prompt_ids)
