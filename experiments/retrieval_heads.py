@@ -1,8 +1,9 @@
 """Retrieval heads: a few heads copy facts out of the context, and without them none is found.
 
 Heads are scored on needles at every depth of contexts of several lengths (`discovery.retrieval`).
-Then those of the highest scores are masked, beside as many random others; facts that the model
-knows by heart must survive. Wu et al., 2024, arXiv:2404.15574.
+Then those of the highest scores are masked, beside as many random others. Facts that the model
+knows by heart must survive; answers worked out on a scratchpad must suffer more than others. Wu et
+al., 2024, arXiv:2404.15574.
 
     python -m experiments.retrieval_heads              # three lab models, minutes on one core
     python -m experiments.retrieval_heads --size=real --model=/ckpt/Llama-2-7b-80k \\
@@ -55,9 +56,16 @@ class Study(NamedTuple):
     """Correlation of the score maps of two halves of the instances."""
     lengths: float
     """Correlation of the score maps of short and long contexts."""
+    columns: tuple[str, ...]
+    """What was asked: needles, and the names of `Task.asked`."""
     masked: dict[tuple[str, int], np.ndarray]
-    """(mode, heads masked) -> [sets,2]: shares of needles and facts answered, for each set of
-    heads. A negative number of heads is at random; ("none", 0) masks nothing."""
+    """(mode, heads masked) -> [sets,columns]: shares answered, for each set of heads. A negative
+    number of heads is at random; ("none", 0) masks nothing."""
+
+    def fallen(self, column: str, mode: str, k: int) -> float:
+        """How far a share falls, the mean over sets of heads."""
+        change = self.masked["none", 0][0] - self.masked[mode, k].mean(axis=0)
+        return round(float(change[self.columns.index(column)]), 9)  # 5 points are exactly 5
 
 
 def spread(text: str) -> list[int]:
@@ -93,7 +101,7 @@ def study(model: jh.Decoder, task: Task, *, mask_k: Sequence[int], modes: Sequen
 
     def answered(forward: Callable[..., Any]) -> list[float]:
         needles = score(forward, min_recall=-1).recall == 1
-        return [float(needles.mean()), facts_answered(forward, model, task)]
+        return [float(needles.mean()), *answered_at_once(forward, model, task)]
 
     found = score(jh.forward)
     wrong = score(jh.forward, task.misplaced).score
@@ -111,6 +119,7 @@ def study(model: jh.Decoder, task: Task, *, mask_k: Sequence[int], modes: Sequen
         wrong,
         _alike(*split_half(found)),
         _alike(*(m.mean(axis=0) if len(m) else found.score * 0 for m in maps)),
+        ("needles", *task.asked),
         masked,
     )
 
@@ -131,13 +140,15 @@ def head_sets(score: np.ndarray, k: int, num_random: int, seed: int) -> list[np.
     return [np.asarray(heads, np.float32) for heads in sets]
 
 
-def facts_answered(forward: Callable[..., Any], model: jh.Decoder, task: Task) -> float:
-    """The share of closed-book questions whose answer is the most likely token."""
-    if not task.facts:
-        return float("nan")
-    prompts, answers = zip(*task.facts)
+def answered_at_once(forward: Callable[..., Any], model: jh.Decoder, task: Task) -> list[float]:
+    """For each kind of `task.asked`, the share whose answer is the most likely token."""
+    if not task.asked:
+        return []
+    prompts, answers = zip(*(question for kind in task.asked.values() for question in kind))
     said = jh.generate(model, list(prompts), max_new_tokens=1, forward=forward)[:, -1]
-    return float(np.mean(np.asarray(said) == np.array(answers)))
+    is_right = np.asarray(said) == np.array(answers)
+    ends = np.cumsum([len(kind) for kind in task.asked.values()])
+    return [float(part.mean()) for part in np.split(is_right, ends[:-1])]
 
 
 def claims_of(studies: Sequence[Study], mask_k: Sequence[int]) -> list[common.Claim]:
@@ -158,34 +169,32 @@ def claims_of(studies: Sequence[Study], mask_k: Sequence[int]) -> list[common.Cl
     both_ways = [k for k in mask_k if k > 0 and -k in mask_k]
     for mode in dict.fromkeys(mode for mode, _ in studies[0].masked if mode != "none"):
         for k in both_ways[:1]:
-            drops = [fallen(s, mode, k)[0] for s in studies]
-            random = [fallen(s, mode, -k)[0] for s in studies]
-            known = [fallen(s, mode, k)[1] for s in studies]
-            gaps = [drop - 3 * max(other, 0) for drop, other in zip(drops, random)]
+            lost = lambda column, k, mode=mode: [s.fallen(column, mode, k) for s in studies]
+            gaps = lambda a, b, n: [x - n * max(y, 0) for x, y in zip(a, b)]
+            needles, random = lost("needles", k), lost("needles", -k)
             claims += [
-                every(f"{mode}: needles lost without the top {k}", drops, ">= 0.3", 0.3),
-                every(f"{mode}: that, less 3 times the mean of random {k}", gaps, ">= 0", 0.0),
-            ]
-            if not np.isnan(known).any():
-                claims.append(
-                    every(f"{mode}: facts lost without the top {k}", known, "<= 0.05", high=0.05)
-                )
+                every(f"{mode}: needles lost without the top {k}", needles, ">= 0.3", 0.3),
+                every(f"{mode}: that, less 3 times the mean of random {k}",
+                      gaps(needles, random, 3), ">= 0", 0.0),
+            ]  # fmt: skip
+            if "facts" in studies[0].columns:
+                claims += [
+                    every(f"{mode}: facts lost without the top {k}", lost("facts", k), "<= 0.05",
+                          high=0.05),
+                    every(f"{mode}: choices lost with a scratchpad, less twice those without",
+                          gaps(lost("scratchpad", k), lost("choices", k), 2), "> 0",
+                          np.nextafter(0, 1)),
+                ]  # fmt: skip
     return claims
 
 
-def fallen(found: Study, mode: str, k: int) -> np.ndarray:
-    """[2]: how far the shares of needles and facts answered fall, the mean over sets of heads."""
-    change = found.masked["none", 0][0] - found.masked[mode, k].mean(axis=0)
-    return np.round(change, 9)  # a fall of exactly 5 points is one
-
-
 def rows_of(studies: Sequence[Study]) -> list[dict[str, Any]]:
-    """A row for each masking: needles and facts answered, a number for each model."""
+    """A row for each masking: shares answered, a number for each model."""
     rows = []
     for mode, k in studies[0].masked:
         name = {1: f"top {k}", -1: f"random {-k}", 0: "none"}[int(np.sign(k))]
-        share = lambda n, key=(mode, k): [round(s.masked[key][:, n].mean(), 3) for s in studies]
-        rows.append({"mode": mode, "masked": name, "needles": share(0), "facts": share(1)})
+        shares = np.array([s.masked[mode, k].mean(axis=0) for s in studies]).round(3)
+        rows.append({"mode": mode, "masked": name, **dict(zip(studies[0].columns, shares.T))})
     return rows
 
 

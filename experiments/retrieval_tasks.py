@@ -17,7 +17,13 @@ from jaxheads.discovery import NeedleInstance, find_span, make_needle_instances
 
 CODE_WORDS = 3
 """Of a needle in the lab language: a span is more than one token."""
-NUM_FACTS = 60
+NUM_ASKED = 60
+"""Questions of each other kind."""
+_ASKED = {
+    "facts": ("facts", {}),
+    "choices": ("multiple_choice", {"split": "heldout"}),
+    "scratchpad": ("multiple_choice", {"split": "heldout", "scratchpad": True}),
+}  # where a choice has a scratchpad, its answer stands there in words
 MAX_NEW = 50
 _BESIDE = Path(__file__).parents[1] / "../shared/data"  # real needles and text, where there are any
 _QUESTION = "\n\nAnswer with words of the text above.\nQuestion: {}\nAnswer:"
@@ -33,13 +39,13 @@ class Task(NamedTuple):
     stop_ids: list[int]
     decode: Callable[[Sequence[int]], str] | None
     """How answers become words; None compares tokens."""
-    facts: list[tuple[list[int], int]]
-    """Closed-book questions, and the token that answers; none outside the lab language."""
+    asked: dict[str, list[tuple[list[int], int]]]
+    """Other questions by name: prompts, and the token that answers. None for files."""
 
 
 def lab_task(tokenizer: Any, lengths: Sequence[int], depths: Sequence[float], *, people: int,
              num_needles: int, max_new: int | None, seed: int) -> Task:  # fmt: skip
-    """Codes of three words that no training text had, and facts that training did have.
+    """Codes of three words that no training text had, and questions without a long text.
 
     A text has the codes of several `people`, one of whom is asked about. A wrong span is the code
     of another, or with one person anywhere else.
@@ -69,11 +75,14 @@ def lab_task(tokenizer: Any, lengths: Sequence[int], depths: Sequence[float], *,
                 wrong = dataclasses.replace(one, needle_start=begin, needle_end=end)
             made.append(one)
             misplaced.append(wrong)
-    facts = [
-        (tokenizer.encode(pair.clean).tolist(), next_token(tokenizer, pair.clean, pair.answer))
-        for pair in generate("facts", tokenizer, NUM_FACTS, seed=seed)
-    ]
-    return Task(made, misplaced, max_new or CODE_WORDS, [], None, facts)
+    asked = {
+        name: [
+            (tokenizer.encode(pair.clean).tolist(), next_token(tokenizer, pair.clean, pair.answer))
+            for pair in generate(kind, tokenizer, NUM_ASKED, seed=seed, **options)
+        ]
+        for name, (kind, options) in _ASKED.items()
+    }
+    return Task(made, misplaced, max_new or CODE_WORDS, [], None, asked)
 
 
 def file_task(tokenizer: Any, lengths: Sequence[int], depths: Sequence[float],
@@ -107,7 +116,7 @@ def file_task(tokenizer: Any, lengths: Sequence[int], depths: Sequence[float],
     rng = np.random.default_rng(seed)
     misplaced = [elsewhere(one, rng) for one in made]
     decode = lambda ids: tokenizer.decode(np.asarray(ids, np.int32))
-    return Task(made, misplaced, max_new or MAX_NEW, [*newlines, *eos], decode, [])
+    return Task(made, misplaced, max_new or MAX_NEW, [*newlines, *eos], decode, {})
 
 
 def _found(name: str, flag: str) -> str:

@@ -32,8 +32,12 @@ def test_needles_of_the_lab_language():
         assert lab.decode(one.answer_ids) == code
         assert one.length - 8 <= len(one.prompt_ids) <= one.length + 8
     assert len({one.prompt_ids.tobytes() for one in task.instances}) == 8
-    prompt, answer = task.facts[0]
-    assert "What is the" in lab.decode(prompt) and lab.decode([answer]).strip().istitle()
+    prompt, answer = task.asked["facts"][0]
+    assert "What is the" in lab.decode(prompt) and lab.decode([answer]).istitle()
+    plain, worked = (task.asked[name][0] for name in ("choices", "scratchpad"))
+    for prompt, answer in (plain, worked):
+        assert len(lab.decode([answer])) == 1 and lab.decode(prompt).endswith("Answer :")
+    assert len(worked[0]) == len(plain[0]) + 4  # A : text .
 
 
 def test_needles_of_a_file(tmp_path):
@@ -45,7 +49,7 @@ def test_needles_of_a_file(tmp_path):
         num_needles=3, max_new=None, seed=0,
     )  # fmt: skip
     assert len(task.instances) == 4 and task.max_new == 50
-    assert ord("\n") in task.stop_ids and task.facts == []
+    assert ord("\n") in task.stop_ids and task.asked == {}
     for one, other in zip(task.instances, task.misplaced):
         span = one.prompt_ids[one.needle_start : one.needle_end]
         assert task.decode(span) == " in a pot" and one.prompt_ids[0] == tokenizer.bos_id
@@ -88,14 +92,17 @@ def test_flags_are_read():
         retrieval_heads.spread("64:128")
 
 
-def make_study(share=0.1, wrong=0.0, alike=0.9, top=0.2, random=0.9, facts=0.95) -> Study:
+def make_study(
+    share=0.1, wrong=0.0, alike=0.9, top=0.2, random=0.9, facts=0.95, choices=0.95, worked=0.8
+) -> Study:
     score = np.zeros((5, 8))
     score.flat[: int(share * 40)] = 0.8
     found = RetrievalResult(score, score, 9, np.ones(9), np.ones(9, bool), score[None], score)
-    masked = {("none", 0): np.array([[1.0, 1.0]])}
-    masked["zero_output", 2] = np.array([[top, facts]])
-    masked["zero_output", -2] = np.array([[random, 1.0], [1.0, 1.0]])
-    return Study(found, score * 0 + wrong, alike, alike, masked)
+    masked = {("none", 0): np.ones((1, 4))}
+    masked["zero_output", 2] = np.array([[top, facts, choices, worked]])
+    masked["zero_output", -2] = np.array([[random, 1, 1, 1], [1, 1, 1, 1]])
+    columns = ("needles", "facts", "choices", "scratchpad")
+    return Study(found, score * 0 + wrong, alike, alike, columns, masked)
 
 
 @pytest.mark.parametrize(
@@ -104,12 +111,13 @@ def make_study(share=0.1, wrong=0.0, alike=0.9, top=0.2, random=0.9, facts=0.95)
      ({"wrong": 0.1}, ["wrong"]), ({"alike": 0.7}, ["halves", "short"]),
      ({"alike": float("nan")}, ["halves", "short"]),
      ({"top": 0.8}, ["needles lost"]), ({"random": 0.0}, ["3 times"]),
-     ({"facts": 0.9}, ["facts lost"])],
+     ({"facts": 0.9}, ["facts lost"]), ({"worked": 0.91}, ["scratchpad"]),
+     ({"worked": 1.0, "choices": 1.0}, ["scratchpad"])],
 )  # fmt: skip
 def test_every_claim_can_fail(change, lost):
     """One model of two that fails is enough."""
     claims = retrieval_heads.claims_of([make_study(), make_study(**change)], [2, 4, -2])
-    assert len(claims) == 7
+    assert len(claims) == 8
     failed = [claim.name for claim in claims if not claim.holds]
     assert len(failed) == len(lost)
     assert all(any(word in name for name in failed) for word in lost)
