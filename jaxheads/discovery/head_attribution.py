@@ -103,6 +103,7 @@ def check_answers(a_mem: ArrayLike, a_ctx: ArrayLike, vocab_size: int) -> tuple[
 
 
 def _check_is_text(prompts: Prompts, reads: Metric) -> None:
+    reads.slots(*prompts.tokens.shape)  # raises for slots outside the text
     if prompts.segment_ids is None or is_traced(prompts.segment_ids):
         return
     at = reads.gather(prompts.segment_ids)  # [B]

@@ -1,0 +1,240 @@
+"""One head decides between prompt and memory: scaling its values switches the model's answers.
+
+The prompt contradicts a fact ("The capital of Poland is London. Q: What is the capital of Poland?
+A:"). Heads are ranked by what they add to the stated answer's logit over the memorised one's. On a
+tuning set of 100 prompts a search over the ten strongest heads of either sign and 15 factors finds
+the (head, factor) of the highest rate of either answer; 500 other prompts decide. Ten random heads
+are tuned the same way. Paper: Yu, Merullo and Pavlick, 2023, arXiv:2310.15910.
+
+    python -m experiments.recall_mechanisms --workdir=runs/recall_mechanisms
+
+The real thing (raw attribution as in the paper):
+
+    python -m experiments.recall_mechanisms --model=/ckpt/pythia-1.4b --facts=/data/capitals.csv \\
+      --norm=raw --tune=50 --mesh=data:8
+
+Readings of what the paper leaves open: subjects that the model does not know without the statement
+are left out (--nofilter keeps them); factors are -10, -8, ..., -1, -0.5, 0, 0.5, 1, 2, ..., 10; a
+head's rank is that of |attribution| among all heads; random heads are drawn from all but the chosen
+one; the opposite head is the strongest of the other sign at the chosen factor; the p-value of the
+frequency analysis shuffles exposures among subjects, since prompts about one subject are not
+independent. Rates are those of the first token. One template: a head may be specific to it, so
+`--other_facts` and `--other_template` (in the lab: another relation) are reported as transfer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags as absl_flags
+
+import jaxheads as jh
+from experiments import common, conflicts
+from experiments.conflicts import Prompts
+from jaxheads.discovery import AlphaTable, head_attribution, rank_heads, rates, search_alpha
+from jaxheads.discovery.conflict import GROUPS
+from jaxheads.heads import Head
+from launch import flags
+
+CANDIDATES = 10  # of either sign, and as many random heads
+SHUFFLES = 2000
+
+
+class Found(NamedTuple):
+    """What one model shows."""
+
+    row: dict[str, Any]
+    table: AlphaTable
+    memory_heads: list[Head]
+    context_heads: list[Head]
+    subject: np.ndarray
+    """[B] of all prompts"""
+    stated: np.ndarray
+    memorised: np.ndarray
+    """[B] bool: the unedited model gave the memorised answer"""
+
+
+def gates(shape: tuple[int, int], head: Head, alpha: float) -> np.ndarray:
+    """[L,H]: `alpha` at one head, 1 elsewhere."""
+    out = np.ones(shape, np.float32)
+    out[head] = alpha
+    return out
+
+
+def one_model(loaded: Any, run: common.Options, seed: int) -> Found:
+    """Attribution, search on the tuning set, everything else on the test set."""
+    given, model = absl_flags.FLAGS, loaded.model
+    shape = (model.cfg.num_layers, model.cfg.num_heads)
+    sizes = (20, 40) if run.quick else (given.tune, given.test)
+    tune, test = conflicts.prompts(loaded, "capital", sum(sizes), seed).split(*sizes)
+    if not len(test):
+        raise ValueError(f"{len(tune)} prompts are left: none to test on; lower --tune={sizes[0]}.")
+
+    delta = np.asarray(
+        head_attribution(
+            jh.forward, model, tune.clean, tune.ctx, tune.mem,
+            norm=given.norm, position=conflicts.last(tune, "clean"),
+        ).mean(-1)
+    )  # fmt: skip
+    ranks = rank_heads(delta, min(CANDIDATES, delta.size))
+    drawn = jh.heads.random_heads(*shape, min(CANDIDATES + 1, delta.size), seed)
+    candidates = [*ranks.memory, *ranks.context]
+    searched = list(dict.fromkeys([*candidates, *drawn]))
+    alphas = (-10.0, 0.0, 10.0) if run.quick else jh.discovery.conflict.ALPHAS
+    table = search_alpha(jh.forward, model, tune.clean, *tune.answers, searched, alphas)
+
+    measure = lambda found, edits: rates(
+        jh.forward, model, found.clean, *found.answers, gates=np.stack(edits)
+    )
+    edit = lambda choice: gates(shape, choice.head, choice.alpha)
+    before = rates(jh.forward, model, tune.clean, *tune.answers)
+    best = {goal: table.best(goal, candidates) for goal in GROUPS}
+    goal = max(GROUPS, key=lambda g: abs(best[g].rates.ctx - before.ctx))
+    chosen = best[goal]
+    others = [head for head in drawn if head != chosen.head][:CANDIDATES]
+    random = table.best(goal, others)
+    opposite = (ranks.context if chosen.head in ranks.memory else ranks.memory)[:1]
+    edits = [np.ones(shape), edit(chosen), edit(random), *(edit(best[g]) for g in GROUPS)]
+    edits += [gates(shape, head, chosen.alpha) for head in opposite]
+    after = measure(test, edits)
+    change = after.ctx - after.ctx[0]
+
+    text = conflicts.unrelated(loaded, 20 if run.quick else 200)
+    scaled = jh.scale_heads(jh.forward, edit(chosen))
+    plain, edited = (conflicts.perplexity(f, model, text) for f in (jh.forward, scaled))
+    order = np.argsort(-np.abs(delta), axis=None, kind="stable")
+    row = {
+        "in-context": after.ctx[0], "memorised": after.mem[0], "other": after.other[0],
+        "head": jh.heads.label(chosen.head), "alpha": chosen.alpha, "goal": goal,
+        "type": "memory" if delta[chosen.head] < 0 else "context",
+        "rank": 1 + order.tolist().index(chosen.head[0] * shape[1] + chosen.head[1]),
+        "in-context, scaled": after.ctx[1], "other, scaled": after.other[1],
+        "change": change[1], "random head": jh.heads.label(random.head),
+        "random change": change[2],
+        "most memory": after.mem[3 + GROUPS.index("memory")],
+        "most context": after.ctx[3 + GROUPS.index("context")],
+        "opposite change": change[5] if opposite else np.nan,
+        "knows, scaled": _knows(scaled, model, test),
+        "perplexity": plain, "perplexity, scaled": edited, "perplexity change": edited / plain - 1,
+    }  # fmt: skip
+    row["transfer change"] = _transfer(loaded, edit(chosen), sizes[1], seed)
+    pool = [
+        np.concatenate([getattr(part, name) for part in (tune, test)])
+        for name in ("subject", "stated")
+    ]
+    memorised = np.concatenate([_memorised(model, part) for part in (tune, test)])
+    return Found(row, table, ranks.memory, ranks.context, *pool, memorised)
+
+
+def _knows(forward: Any, model: Any, found: Prompts) -> float:
+    """Share of the questions still answered from memory without a statement."""
+    metric = conflicts.accuracy(found.mem, positions=conflicts.last(found))
+    return float(jh.discovery.read_metric(forward, model, found.question, metric).mean())
+
+
+def _memorised(model: Any, found: Prompts) -> np.ndarray:
+    metric = conflicts.accuracy(found.mem, positions=conflicts.last(found, "clean"))
+    return np.asarray(jh.discovery.read_metric(jh.forward, model, found.clean, metric)) > 0
+
+
+def _transfer(loaded: Any, edit: np.ndarray, count: int, seed: int) -> float:
+    """The change of the in-context rate on the second relation; NaN where there is none."""
+    try:
+        found = conflicts.prompts(loaded, "language", count, seed)
+    except (ValueError, OSError) as error:
+        print(f"no second relation: {error}", flush=True)
+        return float("nan")
+    both = np.stack([np.ones_like(edit), edit])
+    after = rates(jh.forward, loaded.model, found.clean, *found.answers, gates=both)
+    return float(after.ctx[1] - after.ctx[0])
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """The rank correlation of two lists, ties at their mean rank."""
+    rank = lambda v: np.unique(v, return_inverse=True)[1]
+    mean_rank = lambda v: (np.cumsum(np.bincount(v)) - (np.bincount(v) - 1) / 2)[v]
+    return float(np.corrcoef(mean_rank(rank(x)), mean_rank(rank(y)))[0, 1])
+
+
+def frequency(found: Found, counts: dict[str, float]) -> tuple[float, float]:
+    """Spearman of log exposures and memorised answers, and its p-value under shuffled subjects."""
+    names, which = np.unique(found.subject, return_inverse=True)
+    logs = np.log([max(counts.get(name, 0.0), 1e-12) for name in names.tolist()])
+    rng, memorised = np.random.default_rng(0), found.memorised.astype(float)
+    value = spearman(logs[which], memorised)
+    chance = [spearman(rng.permutation(logs)[which], memorised) for _ in range(SHUFFLES)]
+    return value, (1 + np.sum(np.asarray(chance) >= value)) / (1 + SHUFFLES)
+
+
+def main() -> int:
+    run, given = common.options(), absl_flags.FLAGS
+    found, rows = [], []
+    for seed, (name, loaded) in zip(run.seeds, conflicts.models(run.seeds)):
+        with jax.set_mesh(loaded.mesh):
+            found.append(one_model(loaded, run, seed))
+        counts = conflicts.exposures(loaded.tokenizer, "capital")
+        value, p = frequency(found[-1], counts) if counts else (np.nan, np.nan)
+        by_stated = np.nan
+        if counts:
+            owner = dict(zip(found[-1].subject.tolist(), found[-1].stated.tolist()))
+            del owner
+        rows.append({"model": name, **found[-1].row, "spearman": value, "p": p})
+        del by_stated
+        print(rows[-1], flush=True)
+    column = lambda key: np.array([row[key] for row in rows], float)
+    change, random = np.abs(column("change")), np.abs(column("random change"))
+    claims = [
+        common.at_least("one head changes the in-context rate (smallest seed)", change.min(), 0.25),
+        common.at_most("the best random head's share of that (largest seed)",
+                       (random / np.maximum(change, 1e-9)).max(), 0.5),
+        common.at_most("attribution rank of the chosen head (largest seed)",
+                       column("rank").max(), 5),
+        common.at_most("perplexity of other tasks changes by (largest seed)",
+                       np.abs(column("perplexity change")).max(), 0.05),
+        common.at_most("change by the opposite head over that of the chosen (largest seed)",
+                       (column("opposite change") / column("change")).max(), 0.0),
+    ]  # fmt: skip
+    if np.isfinite(column("spearman")).all():
+        claims += [
+            common.at_least("Spearman of log exposures and memorised answers (smallest seed)",
+                            column("spearman").min(), 0.2),
+            common.at_most("its p-value (largest seed)", column("p").max(), 0.01),
+        ]  # fmt: skip
+    return common.finish(claims, run.workdir, table=rows, figure=functools.partial(draw, found))
+
+
+def draw(found: Sequence[Found], page: Any) -> None:
+    """In-context rate over the factor: the strongest head of either type, and all others tried."""
+    left, right = page.subplots(1, 2, sharex=True)
+    for n, one in enumerate(found):
+        for axes, rate in ((left, one.table.rates.ctx), (right, one.table.rates.mem)):
+            for kind, heads, color in (("memory", one.memory_heads, "tab:blue"),
+                                       ("in-context", one.context_heads, "tab:red")):  # fmt: skip
+                if heads:
+                    curve = rate[one.table.heads.index(heads[0])]
+                    label = f"strongest {kind} head" if n == 0 else None
+                    axes.plot(one.table.alphas, curve, color=color, label=label)
+            others = [h for h in one.table.heads if h not in one.memory_heads + one.context_heads]
+            if others:
+                rows = [one.table.heads.index(h) for h in others]
+                axes.plot(one.table.alphas, rate[rows].mean(0), color="0.7",
+                          label="mean of random others" if n == 0 else None)  # fmt: skip
+    left.set(ylabel="in-context answers (tuning set)", xlabel="factor of the head's values")
+    right.set(ylabel="memorised answers", xlabel="factor of the head's values")
+    left.legend()
+
+
+def define_flags() -> None:
+    conflicts.define_flags("recall_mechanisms")
+    absl_flags.DEFINE_enum("norm", "frozen", ["frozen", "gain", "raw"], "As head_attribution.")
+    absl_flags.DEFINE_integer("tune", 100, "Prompts of the search.", lower_bound=1)
+    absl_flags.DEFINE_integer("test", 500, "Prompts that decide.", lower_bound=1)
+
+
+if __name__ == "__main__":
+    define_flags()
+    flags.run(main)
