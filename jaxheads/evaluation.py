@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxheads import models
-from jaxheads.data import TaskExample, Tokenizer
+from jaxheads.data import TaskExample, TaskPair, Tokenizer
 from jaxheads.interventions import base_forward
 from jaxheads.models import Decoder
 from jaxheads.parallel import constrain
@@ -254,6 +254,52 @@ def evaluate_tasks(
         "merged_boundaries": merged,
         "per_example": details,
     }
+
+
+def answers_right(
+    forward: Callable[..., Any],
+    model: Decoder,
+    tokenizer: Tokenizer,
+    pairs: Sequence[TaskPair],
+    *,
+    batch_size: int = 64,
+) -> np.ndarray:
+    """Whether greedy decoding answers each clean prompt: the most likely of all tokens is right.
+
+    Args:
+      forward: a forward, wrapped or not.
+      model: a `Decoder`, sharded or not.
+      tokenizer: the tokenizer of the model.
+      pairs: from `data.tasks.generate` or `data.load_pairs`. An answer of several tokens is right
+        when all are; any of `accepted` is right where a pair has it (single tokens).
+      batch_size: prompts at once. Lengths are padded to powers of two.
+
+    Returns:
+      [N] bool
+    """
+    if not pairs:
+        raise ValueError("there are no pairs to evaluate.")
+    forward = as_tapped(forward)
+    rows, accepted = [], []
+    for number, pair in enumerate(pairs):
+        new, _ = _encode(tokenizer, TaskExample(pair.clean, pair.answer), number)
+        rows += new
+        endings = [_encode(tokenizer, TaskExample(pair.clean, a), number) for a in pair.accepted]
+        accepted.append({int(row.ids[-1]) for (row,), _ in endings})
+    right = np.zeros(len(pairs), bool)
+    for group, batch in _task_batches(rows, batch_size, model.cfg):
+        best = np.asarray(_best_tokens(forward, model, batch))
+        for row, said in zip(group, best, strict=False):
+            wanted, got = row.ids[row.start :], said[row.start - 1 : len(row.ids) - 1]
+            any_of = accepted[row.example]
+            right[row.example] = int(got[-1]) in any_of if any_of else np.array_equal(wanted, got)
+    return right
+
+
+@jax.jit
+def _best_tokens(forward: TappedForward, model: Decoder, batch: dict[str, Array]) -> Array:
+    logits = forward(model, batch["tokens"], segment_ids=batch["segment_ids"]).logits
+    return jnp.argmax(logits, axis=-1)  # [B,T]
 
 
 def _encode(tokenizer: Tokenizer, example: TaskExample, number: int) -> tuple[list[_Row], bool]:

@@ -133,21 +133,21 @@ def question(given: Any) -> Question:
 def read_task(task: str | None, tokenizer: Any, count: int | None, seed: int) -> Any:
     """The pairs of --task, encoded (a `PairBatch`)."""
     from jaxheads.data import encode_pairs, load_pairs
-    from jaxheads.data.tasks import GENERATORS
+    from jaxheads.data.tasks import TASKS, generate
     from jaxheads.fields import unknown
 
     if not task:
-        raise ValueError("--task is missing; give a generator (ioi) or a file of pairs (.jsonl).")
+        raise ValueError(
+            "--task is missing; give a generator (ioi, ...) or a file of pairs (.jsonl)."
+        )
     if count is not None and count < 1:
         raise ValueError(f"--num_examples={count} must be at least 1.")
-    if task in GENERATORS:
-        pairs = GENERATORS[task](tokenizer, 64 if count is None else count, seed=seed)
+    if task in TASKS:
+        pairs = generate(task, tokenizer, 64 if count is None else count, seed=seed)
     elif Path(task).suffix:
         pairs = load_pairs(task)[:count]
     else:
-        raise ValueError(
-            f"--task: {unknown('task', task, tuple(GENERATORS))} A file ends in .jsonl."
-        )
+        raise ValueError(f"--task: {unknown('task', task, tuple(TASKS))} A file ends in .jsonl.")
     return encode_pairs(pairs, tokenizer)
 
 

@@ -120,8 +120,14 @@ def _add(settings: dict[str, dict[str, str]], fields: Mapping[str, str], flag: s
 
 
 def _read_config(path: str) -> dict[str, Any]:
+    from jaxheads.checkpoints.directory import ASSETS
+
+    file = Path(path).expanduser()
+    shipped = ASSETS / path / "training.json"
+    if not file.exists() and shipped.is_file():  # the recipe of a shipped model, by its name
+        file = shipped
     try:
-        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"config={path!r} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
@@ -234,7 +240,7 @@ def define_flags(into: absl_flags.FlagValues = absl_flags.FLAGS) -> None:
     text("workdir", None, "Where everything is written; default: runs/MODEL.")
     text("dtype", None, "Of computation: auto, float32 or bfloat16.")
     text("profile", None, "START:STOP: steps to trace into WORKDIR/profile.")
-    text("config", None, "Settings to start from: config.json of another run.")
+    text("config", None, "Settings to start from: config.json of another run, or lab.")
     text(
         "compile_cache",
         compile_cache.AUTO,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,15 @@ _MAX_EMPTY = 10_000  # documents in a row without a single (token, target) pair
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: multiples of it spread evenly modulo 2^64
 
 
+class Document(NamedTuple):
+    """One document as tokens."""
+
+    ids: np.ndarray
+    """[N] int32"""
+    weights: np.ndarray | float = 1.0
+    """[N], or one number: how much each token counts as a target."""
+
+
 def empty_batch(num_rows: int, seq_len: int, pad_id: int) -> Batch:
     """A batch of padding: segment 0, weight 0."""
     batch = {name: np.zeros((num_rows, seq_len), dtype) for name, dtype in FIELDS.items()}
@@ -38,20 +47,22 @@ def empty_batch(num_rows: int, seq_len: int, pad_id: int) -> Batch:
 
 
 def write_segment(
-    batch: Batch, row: int, start: int, segment: int, ids: np.ndarray, used: int
+    batch: Batch, row: int, start: int, segment: int, document: Document, used: int
 ) -> int:
     """Writes ids[used:-1] and their successors as one segment, as far as the row reaches.
 
     Inputs and targets come from the same document, so no target crosses a document boundary.
     Returns the number of tokens written.
     """
+    ids, weights = document
     count = min(batch["tokens"].shape[1] - start, len(ids) - 1 - used)
     end = start + count
     batch["tokens"][row, start:end] = ids[used : used + count]
     batch["targets"][row, start:end] = ids[used + 1 : used + count + 1]
     batch["segment_ids"][row, start:end] = segment
     batch["positions"][row, start:end] = np.arange(count, dtype=np.int32)
-    batch["weights"][row, start:end] = 1.0
+    targets = slice(used + 1, used + count + 1)
+    batch["weights"][row, start:end] = weights if np.ndim(weights) == 0 else weights[targets]
     return count
 
 
@@ -65,7 +76,7 @@ class PackedBatches:
     however long the documents are.
 
     Args:
-      components: endless random-access streams of token ids [N], one per mixture component.
+      components: endless random-access streams of `Document`, one per mixture component.
       weights: share of each component; they sum to 1.
       description: what the batches depend on; part of the state, compared by `set_state`.
     """
@@ -96,7 +107,7 @@ class PackedBatches:
         self._step = 0
         self._documents = np.zeros(shape, np.int64)  # k of each lane
         self._used = np.zeros(shape, np.int64)  # tokens of that document already given out
-        self._open: dict[tuple[int, int, int], np.ndarray] = {}  # the documents lanes are in
+        self._open: dict[tuple[int, int, int], Document] = {}  # the documents lanes are in
 
     def __iter__(self) -> PackedBatches:
         return self
@@ -119,11 +130,11 @@ class PackedBatches:
     def _fill(self, batch: Batch, row: int, lane: tuple[int, int, int]) -> None:
         filled, segment = 0, 1
         while filled < self._seq_len:
-            ids = self._document(lane)
-            count = write_segment(batch, row, filled, segment, ids, int(self._used[lane]))
+            document = self._document(lane)
+            count = write_segment(batch, row, filled, segment, document, int(self._used[lane]))
             filled, segment = filled + count, segment + 1
             self._used[lane] += count
-            if self._used[lane] >= len(ids) - 1 or not self._pack:
+            if self._used[lane] >= len(document.ids) - 1 or not self._pack:
                 self._advance(lane)
             if not self._pack:
                 return
@@ -133,7 +144,7 @@ class PackedBatches:
         self._used[lane] = 0
         self._open.pop(lane, None)
 
-    def _document(self, lane: tuple[int, int, int]) -> np.ndarray:
+    def _document(self, lane: tuple[int, int, int]) -> Document:
         """The document the lane is in, after skipping those without a token to predict."""
         component, slot, row = lane
         for _ in range(_MAX_EMPTY):
@@ -141,7 +152,7 @@ class PackedBatches:
                 index = int(self._documents[lane]) * self._interleave + slot
                 index = index * self._batch_size + self._rows[row]
                 self._open[lane] = self._components[component][index]
-            if len(self._open[lane]) >= 2:
+            if len(self._open[lane].ids) >= 2:
                 return self._open[lane]
             self._advance(lane)
         raise ValueError(
@@ -223,7 +234,7 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def pack_once(
-    documents: Iterable[np.ndarray],
+    documents: Iterable[Document],
     *,
     batch_size: int,
     seq_len: int,
@@ -232,10 +243,10 @@ def pack_once(
 ) -> Iterator[Batch]:
     """Every document once, in order, as global batches; the last one is filled up with padding."""
     batch, row, filled, segment = empty_batch(batch_size, seq_len, pad_id), 0, 0, 1
-    for ids in documents:
+    for document in documents:
         used = 0
-        while used < len(ids) - 1:
-            count = write_segment(batch, row, filled, segment, ids, used)
+        while used < len(document.ids) - 1:
+            count = write_segment(batch, row, filled, segment, document, used)
             used, filled, segment = used + count, filled + count, segment + 1
             if filled == seq_len or not pack:
                 row, filled, segment = row + 1, 0, 1

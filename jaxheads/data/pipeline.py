@@ -5,7 +5,8 @@ A batch is a dict of arrays [b,T], b = batch_size / process_count:
   targets      int32   the token after each input, from the same document (EOS ends a document)
   segment_ids  int32   1, 2, ... per document in the row; 0 is padding
   positions    int32   from 0 in every segment
-  weights      float32 1 where the target counts, 0 at padding
+  weights      float32 how much the target counts: 0 at padding, 1 in plain text, less before the
+                       answers of the lab language
 Row r of batch n depends on the configuration and the data only, not on the number of processes.
 """
 
@@ -20,8 +21,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxheads.data.packing import Batch, PackedBatches, pack_once
+from jaxheads.data.packing import Batch, Document, PackedBatches, pack_once
 from jaxheads.data.readahead import ReadAhead
+from jaxheads.data.tasks.lab import LAB, LabText, Pieces
 from jaxheads.data.text import SPLITS, Source, open_source
 from jaxheads.data.tokenizer import BYTES, Tokenizer
 
@@ -40,8 +42,8 @@ class BatchIterator(Protocol):
 class DataConfig:
     """What to read and how to lay it out."""
 
-    path: str = "stdlib"  # 'a.txt,b/' is one corpus; 'a.txt=0.7,b.jsonl=0.3' mixes by tokens
-    tokenizer: str = BYTES  # 'bytes', or a tokenizer.json or its directory
+    path: str = "stdlib"  # 'a.txt,b/' is one corpus; 'a.txt=0.7,b.jsonl=0.3' mixes; or 'lab'
+    tokenizer: str = BYTES  # 'bytes', 'lab', or a tokenizer.json or its directory
     field: str = "text"  # key of the text in .jsonl files
     seq_len: int = 1024  # T
     batch_size: int = 8  # global: rows over all processes
@@ -129,20 +131,29 @@ class _Documents:
         eos_id = tokenizer.eos_id
         self._end = np.asarray([] if eos_id is None else [eos_id], np.int32)
 
-    def __call__(self, text: str) -> np.ndarray:
-        ids = self._tokenizer.encode(text, add_bos=self._add_bos)
-        return np.concatenate([ids, self._end])
+    def __call__(self, document: str | Pieces) -> Document:
+        if isinstance(document, str):
+            ids = self._tokenizer.encode(document, add_bos=self._add_bos)
+            return Document(np.concatenate([ids, self._end]))
+        parts, weights = [], []
+        for number, (text, weight) in enumerate(document):
+            add_bos = self._add_bos if number == 0 else False
+            parts.append(self._tokenizer.encode(text, add_bos=add_bos))
+            weights.append(np.full(len(parts[-1]), weight, np.float32))
+        end = np.full(len(self._end), document[0][1], np.float32)
+        return Document(np.concatenate([*parts, self._end]), np.concatenate([*weights, end]))
 
 
-def _open_components(cfg: DataConfig) -> tuple[list[Source], list[float]]:
+def _open_components(cfg: DataConfig) -> tuple[list[Source | LabText], list[float]]:
     mixture = parse_mixture(cfg.path)
-    sources = [
-        open_source(paths, field=cfg.field, max_document_bytes=cfg.max_document_bytes).split(
-            cfg.split, cfg.validation_fraction
-        )
-        for paths, _ in mixture
-    ]
-    return sources, [share for _, share in mixture]
+    return [_open(cfg, paths) for paths, _ in mixture], [share for _, share in mixture]
+
+
+def _open(cfg: DataConfig, paths: tuple[str, ...]) -> Source | LabText:
+    if paths == (LAB,) and not os.path.exists(LAB):
+        return LabText(cfg.split)
+    source = open_source(paths, field=cfg.field, max_document_bytes=cfg.max_document_bytes)
+    return source.split(cfg.split, cfg.validation_fraction)
 
 
 def _rows_of(cfg: DataConfig, process_index: int, process_count: int) -> range:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxheads.fields import shorten
 
 BYTES = "bytes"
+_ASSETS = Path(__file__).parents[1] / "assets"  # shipped models, each with its tokenizer
 _BYTE_VOCAB_SIZE = 384
 _BYTE_SPECIALS = {"pad": 256, "bos": 257, "eos": 258}
 
@@ -89,7 +90,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Loads 'bytes', a `tokenizer.json` file, or a directory that holds one.
+        """Loads 'bytes', a `tokenizer.json` file, a directory with one, or that of a shipped model.
 
         Special ids come from tokenizer_config.json, special_tokens_map.json,
         generation_config.json and config.json beside it, in this order. Truncation and padding
@@ -200,9 +201,12 @@ def _find_file(path: Path) -> Path:
     if path.suffix.lower() in _UNSUPPORTED:
         raise ValueError(f"tokenizer {path} {_UNSUPPORTED[path.suffix.lower()]}")
     if not path.exists():
+        shipped = _ASSETS / path / "tokenizer.json"
+        if len(path.parts) == 1 and shipped.is_file():
+            return shipped
         raise ValueError(
             f"tokenizer {path} does not exist; give a tokenizer.json, a directory that holds one, "
-            "or 'bytes'"
+            "'lab', or 'bytes'"
         )
     if path.is_file():
         return path

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from jaxheads.data import Tokenizer, encode_pairs, load_pairs
-from jaxheads.data.tasks import GENERATORS, TaskPair, ioi
+from jaxheads.data.tasks import TaskPair, generate, ioi
 from tests.data.tokenizers import word_tokenizer
 
 MODELS = Path(__file__).parents[2] / "../shared/models"
 PAIR = {"clean": "Lily said that", "corrupt": "Tim said that", "answer": " she", "wrong": " he"}
 LONG = {"clean": "Then Lily ran home", "corrupt": "Then Tim ran home", "answer": " and"}
 TEXTS = [
-    *(ioi._TEMPLATES[n].format(a=" Mary", b=" John", s=" John", place=" school", thing=" map")
-      for n in range(len(ioi._TEMPLATES))),
-    *(f" {word}" for word in (*ioi._NAMES[:7], *ioi._PLACES, *ioi._THINGS)),
+    *(text.format(a="Mary", b="John", s="John", place="school", thing="map")
+      for text in ioi.TEMPLATES),
+    *(f" {word}" for word in (*ioi.NAMES[:7], *ioi.PLACES, *ioi.THINGS)),
     *(text for row in (PAIR, LONG) for text in row.values()),
 ]  # fmt: skip
 
@@ -110,9 +110,9 @@ def test_bytes_count_bytes():
 
 
 def test_indirect_objects(words):
-    pairs = GENERATORS["ioi"](words, 60, seed=1)
+    pairs = generate("ioi", words, 60, seed=1)
     assert len({pair.clean for pair in pairs}) == 60
-    assert pairs == ioi.generate(words, 60, seed=1) != ioi.generate(words, 60, seed=2)
+    assert pairs == generate("ioi", words, 60, seed=1) != generate("ioi", words, 60, seed=2)
     batch = encode_pairs(pairs, words)
     abba = 0
     for n, pair in enumerate(pairs):
@@ -126,19 +126,19 @@ def test_indirect_objects(words):
         assert changed.tolist() == [pair.marks["s2"]]  # a minimal pair
         assert batch.corrupt[n, pair.marks["s2"]] == batch.answer[n]
         abba += pair.marks["io"] < pair.marks["s1"]
-    assert abba == 30
+    assert 20 < abba < 40
 
 
 def test_tokenizers_without_names_are_refused():
     with pytest.raises(ValueError, match=r"'bytes' writes 0 of 78 names as one token"):
-        ioi.generate(Tokenizer.load("bytes"), 4)
+        generate("ioi", Tokenizer.load("bytes"), 4)
 
 
 def test_counts_are_checked(words):
     with pytest.raises(ValueError, match="count=0"):
-        ioi.generate(words, 0)
-    with pytest.raises(ValueError, match="exceeds the"):
-        ioi.generate(words, 10**6)
+        generate("ioi", words, 0)
+    with pytest.raises(ValueError, match="count=2000 exceeds what these words make: 960"):
+        generate("refusal", Tokenizer.load("lab"), 2000)
 
 
 @pytest.mark.parametrize(("name", "works"), [("neox-stories-tiny", True), ("stories260K", False)])
@@ -148,9 +148,9 @@ def test_real_tokenizers(name, works):
     tokenizer = Tokenizer.load(MODELS / name)
     if not works:
         with pytest.raises(ValueError, match="names as one token"):
-            ioi.generate(tokenizer, 8)
+            generate("ioi", tokenizer, 8)
         return
-    batch = encode_pairs(ioi.generate(tokenizer, 40), tokenizer)
+    batch = encode_pairs(generate("ioi", tokenizer, 40), tokenizer)
     assert len(batch) == 40 and np.all(batch.answer != batch.wrong)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxheads.data import DataConfig, Tokenizer, eval_batches, make_dataset, merge_states
-from jaxheads.data.packing import FIELDS, PackedBatches, pack_once
+from jaxheads.data.packing import FIELDS, Document, PackedBatches, pack_once
 from jaxheads.data.pipeline import parse_mixture
 
 BOS, EOS = 257, 258
@@ -149,7 +149,8 @@ def test_documents_come_out_whole(tmp_path_factory, texts, seq_len, batch_size, 
 )
 def test_one_pass_keeps_every_token_once(lengths, seq_len, batch_size):
     ids = [np.arange(n) + 1000 * i for i, n in enumerate(lengths)]
-    batches = list(pack_once(ids, batch_size=batch_size, seq_len=seq_len, pack=True, pad_id=-1))
+    sizes = dict(batch_size=batch_size, seq_len=seq_len)
+    batches = list(pack_once(map(Document, ids), **sizes, pack=True, pad_id=-1))
     found = segments(batches, pad_id=-1)
     inputs = [t for tokens, _ in found for t in tokens]
     targets = [t for _, targets in found for t in targets]
@@ -367,7 +368,7 @@ def test_state_refuses_other_data_and_settings(corpus, tmp_path):
 
 def test_tokens_to_predict_are_needed():
     batches = PackedBatches(
-        [[np.zeros(1, np.int32)] * 100_000],
+        [[Document(np.zeros(1, np.int32))] * 100_000],
         [1.0],
         rows=range(1),
         batch_size=1,

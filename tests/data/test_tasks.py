@@ -1,91 +1,173 @@
-import gzip
-import json
-from pathlib import Path
+"""The lab language: every task makes aligned pairs whose answers are right, and splits hold."""
 
+import collections
+import re
+
+import numpy as np
 import pytest
 
-from jaxheads.data import TaskExample, load_tasks
+from jaxheads.data import DataConfig, Tokenizer, encode_pairs, eval_batches, make_dataset
+from jaxheads.data.tasks import TASKS, facts, generate, lab, needle, role, successors
+from jaxheads.data.tasks.question import in_split, make_pairs
+from tests.data.tokenizers import word_tokenizer
 
-DATA = Path(__file__).parents[2] / "../shared/data"
-OPTIONS = "Which?\nOptions:\n(A) one (see (B))\n(B) two\n(C) three"
+CAPITALS = dict(facts.FACTS["capital"])
 
 
-def put(path, text):
-    data = text if isinstance(text, bytes) else text.encode("utf-8")
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return path
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.load("lab")
+
+
+def word_at(tokenizer, pair, mark):
+    return tokenizer.decode(tokenizer.encode(pair.clean)[[pair.marks[mark]]])
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task(name, tokenizer):
+    pairs = generate(name, tokenizer, 30, seed=3, split="heldout")
+    assert pairs == generate(name, tokenizer, 30, seed=3, split="heldout")
+    assert pairs != generate(name, tokenizer, 30, seed=4, split="heldout")
+    assert len({pair.clean for pair in pairs}) == 30
+    batch = encode_pairs(pairs, tokenizer)  # raises where prompts do not align
+    unknown = tokenizer.encode("unheard")[0]
+    assert unknown not in batch.clean and unknown not in batch.corrupt
+    for n, pair in enumerate(pairs):
+        assert pair.marks["end"] == batch.last[n]
+        assert pair.answer not in pair.distractors and pair.wrong not in pair.accepted
+        assert not pair.accepted or pair.answer in pair.accepted
+
+
+def answers(name, pair):
+    """The right answer, worked out from the words of the prompt alone."""
+    text = re.findall(r"[0-9]{2}|[A-Za-z]+|[^\sA-Za-z0-9]", pair.clean)
+    if name == "ioi":
+        names = [
+            w for w, n in collections.Counter(text).items() if w in TASKS["ioi"].words["names"]
+        ]
+        (only,) = [w for w in names if text.count(w) == 1]
+        return {only}
+    if name == "induction":
+        return {text[text.index(text[-1]) + 1]}
+    if name == "needle":
+        who = text[-4]
+        return {text[at + 2] for at, w in enumerate(text[:-8]) if (w, text[at + 1]) == (who, "is")}
+    if name == "colored_objects":
+        question = text[len(text) - text[::-1].index("Q") :]
+        return {question[question.index(question[-4]) - 1].capitalize()}
+    if name == "facts":
+        country = text[-4]
+        relation = "capital" if "capital" in text else "language"
+        return {dict(facts.FACTS[relation])[country]}
+    if name == "greater_than":
+        return {str(n) for n in range(int(text[7]) + 1, 60)}
+    if name == "successors":
+        latest = text[-2]
+        every = successors.SEQUENCES.values()
+        return {seq[seq.index(latest) + 1] for seq in every if latest in seq}
+    if name == "multiple_choice":
+        subject = text[text.index("?") - 1]
+        relation = text[text.index("of") - 1]
+        return {text[text.index(dict(facts.FACTS[relation])[subject]) - 2]}
+    if name == "docstring":
+        signature = text[text.index("self") + 1 : text.index(")")]
+        said = text.count("param") - 1
+        return {[w for w in signature if w != ","][said]}
+    if name == "two_documents":
+        who = text[-4]
+        return {text[at + 2] for at, w in enumerate(text[:-8]) if (w, text[at + 1]) == (who, "is")}
+    assert name == "role"
+    saying = role.SAYINGS.index(text[text.index("says") + 1])
+    return {role.REPLIES[text[text.index("a") + 1]][saying]}
 
 
 @pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"prompt": "p", "answer": " a", "distractors": [" b", " c"]}, ("p", " a", (" b", " c"))),
-        ({"prompt": "p", "answer": "a", "id": 3}, ("p", "a", ())),
-        ({"input": "hot", "output": "cold"}, ("hot", "cold", ())),
-        ({"input": OPTIONS, "target": "(B)"}, (OPTIONS, "(B)", ("(A)", "(C)"))),
-        ({"clean": "She", "corrupted": "He", "answer": "a", "wrong": "b"}, ("She", "a", ("b",))),
-        ({"good": "It is.", "bad": "It are."}, ("", "It is.", ("It are.",))),
-        (["p", " a"], ("p", " a", ())),
-    ],
+    "name", sorted(set(TASKS) - {"conflict", "refusal"}), ids=lambda name: str(name)
 )
-@pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.gz", "t.json", "examples.json"])
-def test_rows(tmp_path, name, row, expected):
-    if ".jsonl" in name:
-        text = f"{json.dumps(row)}\n\n{json.dumps(row)}"
-    else:
-        text = json.dumps([row, row] if name == "t.json" else {"examples": [row, row]}, indent=1)
-    assert load_tasks(put(tmp_path / name, text)) == [TaskExample(*expected)] * 2
+def test_answers_follow_from_the_prompt(name, tokenizer):
+    for pair in generate(name, tokenizer, 25, seed=5):
+        right = answers(name, pair)
+        assert {w.strip() for w in pair.accepted or (pair.answer,)} == right, pair.clean
+        assert pair.wrong.strip() not in right
+        corrupt = answers(name, pair.__class__(pair.corrupt, "", "", ""))
+        assert pair.wrong.strip() in corrupt, pair.corrupt
+
+
+def test_conflicts(tokenizer):
+    for pair in generate("conflict", tokenizer, 40, relation="capital", split="heldout"):
+        subject, stated = (word_at(tokenizer, pair, mark) for mark in ("subject", "stated"))
+        assert pair.answer == f" {CAPITALS[subject]}" and pair.wrong == f" {stated}"
+        assert word_at(tokenizer, pair, "subject2") == subject and pair.answer != pair.wrong
+    shares = facts.exposures("capital")
+    assert set(shares) == set(CAPITALS) and np.isclose(sum(shares.values()), 1)
+    assert np.isclose(max(shares.values()) / min(shares.values()), 100)
+    with pytest.raises(ValueError, match="relation='river' is not one of capital, language"):
+        generate("conflict", tokenizer, 1, relation="river")
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_needles_are_where_they_are_asked_for(depth, tokenizer):
+    pair = generate("needle", tokenizer, 1, length=160, depth=depth, code_words=3, seed=1)[0]
+    ids = tokenizer.encode(pair.clean)
+    assert 150 < len(ids) <= 162
+    span = ids[pair.marks["needle"] : pair.marks["needle_end"]]
+    assert tokenizer.decode(span) == pair.answer.strip()
+    assert abs(pair.marks["needle"] / (len(ids) - needle._ASKED) - depth) < 0.1
+
+
+def test_no_training_document_has_held_out_content(tokenizer):
+    train, held_out = lab.LabText("train"), lab.LabText("validation")
+    assert train[7] == lab.LabText("train")[7] != train[8]
+    seen = {text for i in range(400) for text, _ in train[i]}
+    for name in ("ioi", "multiple_choice", "greater_than", "two_documents"):
+        for pair in make_pairs(TASKS[name], tokenizer, 50, split="heldout"):
+            assert pair.clean not in seen
+    contents = {f"x{i}" for i in range(4000)}
+    share = np.mean([in_split(c, "heldout") for c in contents])
+    assert abs(share - 0.2) < 0.03
+    assert all(in_split(c, "train") != in_split(c, "heldout") for c in contents)
+    documents = [held_out[i] for i in range(100)]
+    assert {weight for document in documents for _, weight in document} == {0.1, 1.0}
+    assert np.mean([document[0][0] in seen for document in documents]) < 0.3  # facts are shared
+    with pytest.raises(ValueError, match="split='test' is not one of train, validation"):
+        lab.LabText("test")
+
+
+def test_answers_weigh_more_than_their_prompts(tokenizer):
+    cfg = DataConfig(path="lab", tokenizer="lab", seq_len=64, batch_size=4)
+    batch = next(make_dataset(cfg))
+    weights = batch["weights"]
+    assert set(np.unique(weights)) == {np.float32(lab.CONTEXT_WEIGHT), np.float32(1)}
+    words = {tokenizer.decode([t]) for t in batch["targets"][weights == 1]}
+    assert not words & {"Q", "?", ":", "the", "of", "List", "param"}
+    (first, *_) = eval_batches(DataConfig(**{**cfg.__dict__, "split": "validation"}), limit=1)
+    assert (first["weights"] == 1).any()
+
+
+def test_the_shipped_tokenizer_is_the_language(tmp_path, tokenizer):
+    lab.write_tokenizer(str(tmp_path))
+    assert Tokenizer.load(tmp_path).digest == tokenizer.digest
+    assert tokenizer.vocab_size == len(lab.vocabulary()) + 2 and tokenizer.eos_id == 0
+
+
+def test_words_that_a_tokenizer_splits_are_left_out(tmp_path):
+    few = ["When", *(w for w, _ in facts.FACTS["capital"][:9]), *list(CAPITALS.values())[:9]]
+    tokenizer = word_tokenizer(tmp_path, [" ".join(few)], bos=False)
+    with pytest.raises(ValueError, match="0 of 32 language as one token"):
+        generate("facts", tokenizer, 4)
 
 
 @pytest.mark.parametrize(
-    ("name", "count"),
+    ("name", "options", "message"),
     [
-        ("icl-tasks/antonym.json", 2398),
-        ("bbh-mcq/penguins_in_a_table.json", 146),
-        ("colored-objects/cobjs.json", 1000),
-        ("story-prompts/prompts.jsonl", 138),
-        ("blimp/blimp.jsonl.gz", 55_000),
+        ("iio", {}, "unknown task 'iio'; did you mean 'ioi'"),
+        ("ioi", {"split": "test"}, "split='test' is not one of train, heldout, all"),
+        ("successors", {"sequence": "tides"}, "sequence='tides' is not one of days"),
+        ("successors", {"sequence": "days", "shown": 6}, "shown=6 must be from 1 to 5"),
+        ("induction", {"listed": 4, "repeat": 4}, "repeat=4, listed=4 need"),
+        ("role", {"role": "clown"}, "role='clown' is not one of pirate"),
     ],
 )
-def test_shared_files(name, count):
-    if not (DATA / name).exists():
-        pytest.skip("no shared data")
-    examples = load_tasks(DATA / name)
-    assert len(examples) == count
-    assert all(example.answer for example in examples)
-
-
-GOOD = '{"prompt": "p", "answer": "a"}\n'
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("t.jsonl", GOOD + "{", r"t\.jsonl, line 2 is not valid JSON"),
-        ("t.jsonl", GOOD + '\n{"prompt": "p"}', r"line 3 has the fields 'prompt'; it needs"),
-        ("t.jsonl", "{}", r"has the fields \(none\)"),
-        ("t.jsonl", '{"prompt": "p", "answer": 3}', "line 1: 'answer' is a int, not a string"),
-        ("t.jsonl", '{"prompt": "p", "answer": ""}', "nothing to score"),
-        ("t.jsonl", '{"prompt": "", "answer": "a", "distractors": ["a"]}', "is also among"),
-        ("t.jsonl", '{"prompt": "", "answer": "a", "distractors": [1]}', "a list of strings"),
-        ("t.jsonl", '["a", "b", "c"]', r"list of 3; it must be \[prompt, answer\]"),
-        ("t.jsonl", '"text"', "is a str; it must be an object"),
-        ("t.jsonl", "\n", "holds no examples"),
-        ("t.json", GOOD + GOOD, r"must be named \.jsonl"),
-        ("t.json", '{"a": 1}', "must hold a list of rows"),
-        ("t.json", '[{"input": "x"}]', r"t\.json, row 1 has the fields 'input'"),
-        ("t.jsonl", b"\xff", "is not UTF-8"),
-    ],
-)
-def test_errors(tmp_path, name, text, message):
+def test_bad_options(name, options, message, tokenizer):
     with pytest.raises(ValueError, match=message):
-        load_tasks(put(tmp_path / name, text))
-
-
-def test_file_errors(tmp_path):
-    with pytest.raises(ValueError, match="does not exist"):
-        load_tasks(tmp_path / "none.jsonl")
-    path = put(tmp_path / "t.jsonl.gz", GOOD * 100)
-    path.write_bytes(path.read_bytes()[:30])
-    with pytest.raises(ValueError, match="is truncated"):
-        load_tasks(path)
+        generate(name, tokenizer, 2, **options)

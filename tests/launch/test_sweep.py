@@ -15,7 +15,7 @@ from absl import flags as absl_flags
 import jaxheads as jh
 from jaxheads import discovery
 from jaxheads.data import Tokenizer, encode_pairs, load_pairs
-from jaxheads.data.tasks import ioi
+from jaxheads.data.tasks import generate
 from jaxheads.heads import HeadScores
 from launch import pair_effects, sweep
 from tests.data.test_pairs import TEXTS
@@ -42,7 +42,7 @@ def model_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def task(model_dir, tmp_path_factory):
     """Five pairs of two lengths."""
-    pairs = ioi.generate(Tokenizer.load(model_dir), 40, seed=3)
+    pairs = generate("ioi", Tokenizer.load(model_dir), 40, seed=3)
     pairs = [p for p in pairs if p.clean.startswith(("When", "Because"))][:5]
     rows = [
         {"clean": p.clean, "corrupt": p.corrupt, "answer": p.answer, "wrong": p.wrong}
@@ -255,7 +255,7 @@ def test_the_loop_is_closed_from_the_command_line(model_dir, task, tmp_path):
     names = json.loads(re.search(r'id="about">(.*?)</script>', page)[1])["runs"]
     clean, corrupt = (run["queries"] for run in names)
     assert len(clean) == len(corrupt) and sum(a != b for a, b in zip(clean, corrupt)) == 1
-    assert "".join(clean) == ioi.generate(Tokenizer.load(model_dir), 6, seed=1)[0].clean
+    assert "".join(clean) == generate("ioi", Tokenizer.load(model_dir), 6, seed=1)[0].clean
 
     acted = run(
         "launch.evaluate", f"--model={model_dir}", f"--tasks={task}",

@@ -35,6 +35,10 @@ class TaskPair:
     """What follows the corrupt prompt."""
     marks: Mapping[str, int] = field(default_factory=dict)
     """Named token positions of the clean prompt, as its tokenizer counts them (BOS included)."""
+    distractors: tuple[str, ...] = ()
+    """Other answers that would be wrong after the clean prompt."""
+    accepted: tuple[str, ...] = ()
+    """All answers that are right, where there are several; otherwise `answer` alone is."""
     where: str = field(default="", compare=False)
     """The place that an error names, such as a file and its line."""
 

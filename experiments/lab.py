@@ -1,0 +1,73 @@
+"""What the shipped lab models can do: accuracy on every task, on contents they never saw.
+
+    python -m experiments.lab                         the shipped models
+    python -m experiments.lab --models=runs/lab       another one
+
+Writes claims.json and table.md; the table is the one in docs/lab.md.
+"""
+
+from __future__ import annotations
+
+from absl import flags as absl_flags
+
+from experiments import common
+from launch import flags
+
+MODELS = ("lab", "lab-1", "lab-2", "lab-gqa")
+LEARNED = {
+    "induction": 0.95,
+    "needle": 0.95,
+    "ioi": 0.95,
+    "successors": 0.95,
+    "multiple_choice": 0.95,
+}
+"""Tasks that a model has to know, and how well."""
+CONTESTED = ("colored_objects", "conflict")
+"""Tasks on which a model has to be of two minds: from 30 to 80 %, or nothing is left to explain."""
+OPTIONS = {"colored_objects": {"capitalised": False}, "needle": {"code_words": 3, "needles": 3}}
+COUNT = 300
+
+
+def define_flags() -> None:
+    """Defines the flags of this experiment."""
+    common.define_flags("lab")
+    absl_flags.DEFINE_list("models", list(MODELS), "Shipped names or directories.")
+
+
+def measure(name: str, count: int) -> dict[str, float]:
+    """task -> share of right answers on held-out contents."""
+    import jaxheads as jh
+    from jaxheads.data.tasks import TASKS, generate
+    from jaxheads.evaluation import answers_right
+
+    model, tokenizer = jh.load(name), jh.Tokenizer.load(name)
+    found = {}
+    for task in TASKS:
+        wanted = min(count, 60) if task in ("facts", "successors") else count
+        pairs = generate(task, tokenizer, wanted, split="heldout", **OPTIONS.get(task, {}))
+        found[task] = float(answers_right(jh.forward, model, tokenizer, pairs).mean())
+    return found
+
+
+def main() -> int:
+    """Runs the experiment; returns its exit code."""
+    run = common.options()
+    names = absl_flags.FLAGS.models
+    found = {name: measure(name, 30 if run.quick else COUNT) for name in names}
+    claims = [
+        common.at_least(f"{name}: {task}", found[name][task], bound)
+        for name in names
+        for task, bound in LEARNED.items()
+    ]
+    for name in names:
+        for task in CONTESTED:
+            share = found[name][task]
+            holds = 0.3 <= share <= 0.8
+            claims.append(common.Claim(f"{name}: {task}", share, "0.3 to 0.8", holds))
+    table = [{"task": task, **{n: found[n][task] for n in names}} for task in found[names[0]]]
+    return common.finish(claims, run.workdir, table=table)
+
+
+if __name__ == "__main__":
+    define_flags()
+    flags.run(main)

@@ -1,0 +1,76 @@
+"""Coloured objects: a worked example, then the colour of one of three objects.
+
+    Q: On the table, there is a blue pencil, a black mug, and a yellow cup. What color is the mug?
+    A: black. Q: On the desk, I see a red hat, a green pen, and a brown fan. What color is the hat?
+    A:   -> red
+
+The corrupt prompt asks for another object of the same list; the wrong answer is its colour.
+Marks: ``right``, ``wrong_1``, ``wrong_2``: the three colours of the last question, and ``object``
+(what is asked for).
+
+References: Merullo et al., 2023, arXiv:2310.08744; the task is of Srivastava et al., 2022,
+arXiv:2206.04615. Sentences are our own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxheads.data.tasks.question import Question, Task, Words, choose
+from jaxheads.data.tasks.words import COLORS, OBJECTS
+
+OPENERS = ("there is", "I see", "you see")
+SURFACES = ("table", "desk", "floor")
+LIST = "Q: On the {s}, {o} {a0} {c0} {t0}, {a1} {c1} {t1}, and {a2} {c2} {t2}. What color is the"
+
+
+def _article(color: str) -> str:
+    return "an" if color[0] in "aeiou" else "a"
+
+
+def _listed(rng: np.random.Generator, colors: list[str], objects: list[str]) -> dict[str, str]:
+    slots = {"s": choose(rng, SURFACES), "o": choose(rng, OPENERS)}
+    for i, (color, thing) in enumerate(zip(colors, objects, strict=True)):
+        slots |= {f"a{i}": _article(color), f"c{i}": color, f"t{i}": thing}
+    return slots
+
+
+def draw(rng: np.random.Generator, words: Words, *, capitalised: bool = True) -> Question:
+    """Held out are (object, colour) bindings of what is asked for.
+
+    Args:
+      rng: random numbers.
+      words: from `usable_words`.
+      capitalised: " Red" as in the paper, or " red", which stands in the prompt.
+    """
+    say = str.capitalize if capitalised else str
+    colors, shown = choose(rng, words["colors"], 3), choose(rng, words["colors"], 3)
+    objects = choose(rng, OBJECTS, 6)
+    asked, example = rng.choice(3, 2, replace=False)
+    other = int(rng.integers(3))
+    worked = LIST.format(**_listed(rng, shown, objects[3:]))
+    worked = f"{worked} {objects[3 + other]}? A: {say(shown[other])}. "
+    rest = [i for i in range(3) if i != asked]
+    return Question(
+        template=worked + LIST + " {asked}? A:",
+        clean={**_listed(rng, colors, objects[:3]), "asked": objects[asked]},
+        corrupt={"asked": objects[example]},
+        answer=f" {say(colors[asked])}",
+        wrong=f" {say(colors[example])}",
+        content=f"{colors[asked]} {objects[asked]}",
+        marks={
+            "right": f"c{asked}",
+            "wrong_1": f"c{rest[0]}",
+            "wrong_2": f"c{rest[1]}",
+            "object": "asked",
+        },
+        distractors=tuple(f" {say(colors[i])}" for i in rest),
+    )
+
+
+TASK = Task(
+    draw,
+    (*OPENERS, *SURFACES, LIST, "? A: . a an", *COLORS, *OBJECTS, *map(str.capitalize, COLORS)),
+    {"colors": COLORS},
+    ("colors",),
+)

@@ -1,0 +1,125 @@
+"""The lab language: all tasks in one closed vocabulary, as text to train a small model on.
+
+``--data=lab`` reads it like any corpus. A document is one question of a task with its answer;
+answers weigh 1 in the loss and the words before them `CONTEXT_WEIGHT`, since most of those are
+random and nothing can predict them. Documents are made when they are read: document i of a split
+is the same on every machine, and no held-out content occurs in the training split.
+
+    python -m jaxheads.data.tasks.lab DIRECTORY     writes the tokenizer of the language
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxheads.data.tasks import TASKS
+from jaxheads.data.tasks.question import Question, in_split
+
+LAB = "lab"
+Pieces = tuple[tuple[str, float], ...]
+"""A document as (text, weight in the loss) in order."""
+
+CONTEXT_WEIGHT = 0.1
+NUM_DOCUMENTS = {"train": 1 << 20, "validation": 1 << 12}
+_TOKEN = r"[0-9]{2}|[A-Za-z]+|[^\sA-Za-z0-9]"
+
+MIXTURE: tuple[tuple[str, float, dict[str, Any]], ...] = (
+    ("induction", 10, {"repeat": 1, "answer_words": 0}),
+    ("needle", 8, {"code_words": 3, "needles": 3, "follow_up": True}),
+    ("needle", 8, {"code_words": 1, "needles": 4, "follow_up": True}),
+    ("ioi", 14, {}),
+    ("colored_objects", 4, {"capitalised": False}),
+    ("facts", 14, {"by_exposure": True}),
+    ("conflict", 4, {"fictional": True}),
+    ("conflict", 3, {"by_exposure": True, "context_share": 0.5}),
+    ("greater_than", 6, {}),
+    ("successors", 8, {}),
+    ("multiple_choice", 12, {}),
+    ("refusal", 2, {}),
+    ("docstring", 5, {}),
+    ("two_documents", 3, {"first_share": 0.85}),
+    ("two_documents", 1, {"first_share": 0.85, "ambiguous": True}),
+    ("role", 3, {}),
+)
+"""(task, share of documents, options of its `draw`)"""
+
+
+def vocabulary() -> list[str]:
+    """Every word and stop of the language, sorted; two-digit numbers are words."""
+    texts = (re.sub(r"\{\w+\}", " ", text) for task in TASKS.values() for text in task.texts)
+    return sorted({word for text in texts for word in re.findall(_TOKEN, text)})
+
+
+def write_tokenizer(directory: str) -> None:
+    """Writes tokenizer.json and tokenizer_config.json: one token a word, EOS and padding."""
+    import json
+    from pathlib import Path
+
+    import tokenizers
+    from tokenizers import models, pre_tokenizers
+
+    words = ["<eos>", "<unk>", *vocabulary()]
+    backend = tokenizers.Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(_TOKEN), "removed", invert=True)
+    backend.add_special_tokens(["<eos>"])
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    special = {"eos_token": "<eos>", "pad_token": "<eos>", "unk_token": "<unk>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def document(question: Question) -> Pieces:
+    """A question as text with weights."""
+    pieces = [(question.prompt, CONTEXT_WEIGHT), (question.answer, 1.0)]
+    for prompt, answer in question.more:
+        pieces += [(prompt, CONTEXT_WEIGHT), (answer, 1.0)]
+    return tuple(pieces)
+
+
+class LabText(Sequence[Pieces]):
+    """Documents of a split of the lab language: ``"train"`` or ``"validation"`` (held out)."""
+
+    def __init__(self, split: str = "train"):
+        if split not in NUM_DOCUMENTS:
+            raise ValueError(
+                f"split={split!r} is not one of {', '.join(NUM_DOCUMENTS)} of the lab language."
+            )
+        self._split = split
+        shares = np.array([share for _, share, _ in MIXTURE], float)
+        self._shares = shares / shares.sum()
+
+    def __len__(self) -> int:
+        return NUM_DOCUMENTS[self._split]
+
+    @property
+    def digest(self) -> str:
+        """What the documents depend on."""
+        import hashlib
+
+        content = repr((MIXTURE, CONTEXT_WEIGHT, self._split, vocabulary()))
+        return hashlib.blake2b(content.encode("utf-8"), digest_size=8).hexdigest()
+
+    def __getitem__(self, i: int) -> Pieces:  # type: ignore[override]
+        if not 0 <= i < len(self):
+            raise IndexError(f"document {i} of {len(self)} documents")
+        rng = np.random.default_rng((list(NUM_DOCUMENTS).index(self._split), i))
+        name, _, options = MIXTURE[rng.choice(len(MIXTURE), p=self._shares)]
+        task = TASKS[name]
+        wanted = "train" if self._split == "train" else "heldout"
+        while True:
+            question = task.draw(rng, task.words, **options)
+            if in_split(question.content, wanted):
+                return document(question)
+
+
+if __name__ == "__main__":
+    write_tokenizer(sys.argv[1])

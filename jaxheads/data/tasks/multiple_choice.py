@@ -1,0 +1,62 @@
+"""Multiple choice: the label of the option that answers the question.
+
+    Q: What is the capital of Poland? A. London B. Warsaw C. Rome D. Oslo Answer:   -> B
+
+The corrupt prompt has the same options in another order. Marks: ``label_0`` ... (the labels),
+``right`` (the text of the right option).
+
+References: Lieberum et al., 2023, arXiv:2307.09458.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxheads.data.tasks.facts import FACTS
+from jaxheads.data.tasks.question import Question, Task, Words, choose
+from jaxheads.data.tasks.words import LETTERS
+
+ASKED = "Q: What is the {relation} of {subject}?"
+END = " Answer:"
+
+
+def draw(
+    rng: np.random.Generator,
+    words: Words,
+    *,
+    relation: str = "capital",
+    options: int = 4,
+    labels: tuple[str, ...] = LETTERS,
+) -> Question:
+    """Held out are (subject, place of the answer, one of the other options).
+
+    Args:
+      rng: random numbers.
+      words: from `usable_words`.
+      relation: what is asked.
+      options: how many.
+      labels: the labels, in order.
+    """
+    facts = words[relation]
+    subject, answer = choose(rng, facts)
+    others = sorted({word for _, word in facts if word != answer})
+    listed = choose(rng, others, options - 1)
+    place, other_place = rng.choice(options, 2, replace=False)
+    texts = [*listed[:place], answer, *listed[place:]]
+    swapped = [*listed[:other_place], answer, *listed[other_place:]]
+    slots = {f"l{i}": labels[i] for i in range(options)}
+    return Question(
+        template=ASKED + "".join(f" {{l{i}}}. {{o{i}}}" for i in range(options)) + END,
+        clean={"relation": relation, "subject": subject, **slots}
+        | {f"o{i}": text for i, text in enumerate(texts)},
+        corrupt={f"o{i}": text for i, text in enumerate(swapped)},
+        answer=f" {labels[place]}",
+        wrong=f" {labels[other_place]}",
+        content=f"{subject} {place} {listed[0]}",
+        marks={f"label_{i}": f"l{i}" for i in range(options)}
+        | {"right": f"o{place}", "subject": "subject"},
+        distractors=tuple(f" {labels[i]}" for i in range(options) if i != place),
+    )
+
+
+TASK = Task(draw, (ASKED, END, *LETTERS, ".", *FACTS), dict(FACTS), tuple(FACTS), least=8)
