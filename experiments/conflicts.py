@@ -38,6 +38,7 @@ from launch import loading
 RELATIONS = ("capital", "language")
 _FACTS = Path(__file__).parents[2] / "shared/data/relations/factual"
 _FILES = {"capital": "country_capital_city.json", "language": "country_language.json"}
+_WORDS = ("subject", "memory", "stated")
 _OTHER_TASKS = ("induction", "ioi", "greater_than", "colored_objects", "successors")
 
 
@@ -53,6 +54,8 @@ class Prompts(NamedTuple):
     ctx: np.ndarray
     """First token of the stated one."""
     subject: np.ndarray
+    """Words."""
+    memory: np.ndarray
     """Words."""
     stated: np.ndarray
     """Words."""
@@ -104,13 +107,20 @@ def is_lab(tokenizer: Any) -> bool:
     return not absl_flags.FLAGS.facts and tokenizer.digest == jh.Tokenizer.load("lab").digest
 
 
-def prompts(loaded: loading.Loaded, relation: str, count: int, seed: int = 0) -> Prompts:
+def prompts(
+    loaded: loading.Loaded, relation: str, count: int, seed: int = 0, prefix: str = ""
+) -> Prompts:
     """`count` conflicts of a relation of `RELATIONS` that pass the filter, in random order.
+
+    `prefix` is put before every prompt; the order does not depend on it.
 
     Raises:
       ValueError: where nothing remains.
     """
-    rows = _conflicts(loaded.tokenizer, relation, seed)
+    rows = [
+        c._replace(prompt=prefix + c.prompt, corrupt=prefix + c.corrupt)
+        for c in _conflicts(loaded.tokenizer, relation, seed)
+    ]
     found, collisions, long = encode(rows, loaded.tokenizer)
     named = Counter(long).most_common(5)
     print(
@@ -194,7 +204,7 @@ def encode(rows: Sequence[Conflict], tokenizer: Any) -> tuple[Prompts, int, list
     return (
         Prompts(
             batch(1), batch(2), batch(3), column(4), column(5),
-            np.array([c.subject for c in names]), np.array([c.stated for c in names]), marks,
+            *(np.array([getattr(c, key) for c in names]) for key in _WORDS), marks,
         ),
         collisions,
         long,
