@@ -22,8 +22,9 @@ and a lens on what layers write.
 Readings of what could not be checked against the paper's code: the corrupt prompt is the same
 template about another subject with another answer; scores are drops of probabilities
 (--quantity=logit where those saturate); only the memory filter is applied, since every prompt
-states its answer in the same words; transfer compares, on the second relation, heads scored on the
-first with heads scored on itself. Names of heads hold for this distribution of prompts alone.
+states its answer in the same words; transfer is the gain of the same heads on the second relation
+over their gain on the first (heads scored on the second stand beside it). Names of heads hold for
+this distribution of prompts alone.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def one_model(loaded: Any, run: common.Options, seed: int) -> Found:
         row |= _against_random(model, test, mask, goal, seed)
         row["gradient"] = _by_gradient(model, score, test, goal, int(mask.sum()))
         row["CAD"] = _by_decoding(model, validate, test, goal)
-        row["instruction"] = _by_instruction(loaded, sum(sizes), sizes, goal, seed)
+        row["instruction"] = _by_instruction(loaded, sizes, goal, seed) - row["before"]
         overlap = mask & _selected(few, rho, PRUNED[goal])
         row["overlap with 4 prompts"] = overlap.sum() / mask.sum()
         row |= _transfer(model, other, mask, rho, goal)
@@ -207,15 +208,13 @@ def _by_decoding(model: Any, validate: Prompts, test: Prompts, goal: str) -> flo
     return found[best] - found[0]
 
 
-def _by_instruction(loaded, count: int, sizes: tuple[int, ...], goal: str, seed: int) -> float:
-    """Gain by an instruction before the prompt; NaN in the lab language."""
+def _by_instruction(loaded: Any, sizes: tuple[int, ...], goal: str, seed: int) -> float:
+    """The rate with an instruction before the prompt; NaN in the lab language."""
     if conflicts.is_lab(loaded.tokenizer):
         return float("nan")
-    told = conflicts.prompts(loaded, "capital", count, seed, INSTRUCTIONS[goal]).split(*sizes)[-1]
-    test = conflicts.prompts(loaded, "capital", count, seed).split(*sizes)[-1]
-    both = [rates(jh.forward, loaded.model, f.clean, *f.answers) for f in (told, test)]
-    told, plain = (float(_wanted(found, goal)) for found in both)
-    return told - plain
+    told = conflicts.prompts(loaded, "capital", sum(sizes), seed, INSTRUCTIONS[goal])
+    test = told.split(*sizes)[-1]
+    return float(_wanted(rates(jh.forward, loaded.model, test.clean, *test.answers), goal))
 
 
 def _second_relation(loaded: Any, sizes: tuple[int, ...], seed: int) -> list[Prompts] | None:
@@ -289,23 +288,19 @@ def main() -> int:
 def _claims(rows: list[dict[str, Any]], what: str) -> list[common.Claim]:
     column = lambda key: np.array([row[key] for row in rows], float)
     gain, rate = column("gain"), ("RM" if rows[0]["goal"] == "memory" else "RC")
-    over = lambda key: column(key) / np.maximum(gain, 1e-9)
+    share = lambda key: np.where(gain > 0, column(key) / gain, np.nan)  # NaN: no gain, no share
     claims = [
         common.Claim(f"{what} raises {rate} (smallest seed)", float(gain.min()),
                      ">= 0.2, or a rate of 0.95",
                      bool(np.all((gain >= 0.2) | (column("after") >= 0.95)))),
         common.at_most(f"{what}: share of the gain by random heads (largest seed)",
-                       over("random gain").max(), 0.5),
+                       share("random gain").max(), 0.5),
         common.at_most(f"{what}: other answers rise by (largest seed)",
                        (column("other, pruned") - column("other")).max(), 0.1),
     ]  # fmt: skip
-    kept = column("gain on B") / np.maximum(column("own gain on B"), 1e-9)
-    if np.isfinite(kept).all():
-        claims.append(
-            common.at_least(
-                f"{what}: share kept on the second relation (smallest)", kept.min(), 0.5
-            )
-        )
+    if np.isfinite(column("gain on B")).all():
+        name = f"{what}: share of the gain kept on the second relation (smallest seed)"
+        claims.append(common.at_least(name, share("gain on B").min(), 0.5))
     return claims
 
 
