@@ -60,6 +60,7 @@ def test_frequency_ranks_subjects_and_shuffles_them():
     ranks = np.repeat([0, 1, 2, 3], 50)
     np.testing.assert_allclose(value, np.corrcoef(ranks, memorised)[0, 1])
     np.testing.assert_allclose(p, 4 / 24, atol=0.03)  # orders with {c, d} on top
+    assert np.isnan(recall_mechanisms.frequency(subjects, 0 * memorised, counts)[0])
 
 
 def test_claims_fail_without_a_gain():
