@@ -1,6 +1,6 @@
 """What the experiments share: claims, flags, a small training loop, and the files a run leaves.
 
-    flags      --workdir --seeds --quick (and those of every launcher)
+    flags      --workdir --seeds --size (and those of every launcher)
     Claim      one statement with the number measured, the number needed and whether it holds
     fit        trains small models, one per seed, in one compiled program
     finish     writes claims.json, table.md and figure.png, prints them, gives the exit code
@@ -84,29 +84,51 @@ def at_most(name: str, measured: ArrayLike, bound: float) -> Claim:
     return Claim(name, mean, f"<= {bound:g}", mean <= bound)
 
 
+SIZES = ("smoke", "default", "real")
+
+
 class Options(NamedTuple):
     """The flags that every experiment has."""
 
     workdir: Path
     seeds: tuple[int, ...]
-    quick: bool
+    size: str
+    """One of `SIZES`."""
+
+    @property
+    def quick(self) -> bool:
+        """Whether only seconds are wanted."""
+        return self.size == "smoke"
 
 
 def define_flags(name: str = "experiment") -> None:
-    """Defines --workdir (runs/`name` by default), --seeds, --quick and the launchers' flags."""
+    """Defines --workdir (runs/`name` by default), --seeds, --size and the launchers' flags."""
     flags.define_common()
     absl_flags.DEFINE_string("workdir", f"runs/{name}", "Where claims, table and figure go.")
     absl_flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds that are reported, comma-separated.")
-    absl_flags.DEFINE_bool("quick", False, "Seconds instead of minutes: it runs, it shows nothing.")
+    absl_flags.DEFINE_enum(
+        "size", "default", SIZES, "smoke: seconds, it runs and shows nothing; real: as the paper."
+    )
+    absl_flags.DEFINE_bool("quick", False, "The same as --size=smoke.")
 
 
-def options() -> Options:
+def options(*, has_real_size: bool = False) -> Options:
     """The values of the flags.
 
+    Args:
+      has_real_size: whether the experiment knows the size of its paper; otherwise --size=real is an
+        error rather than the default under another name.
+
     Raises:
-      ValueError: for seeds that are no integers, given twice or missing.
+      ValueError: for seeds that are no integers, given twice or missing; for --size=real where
+        there is none.
     """
     given = absl_flags.FLAGS
+    size = "smoke" if given.quick else given.size
+    if size == "real" and not has_real_size:
+        raise ValueError(
+            "--size=real: this experiment trains its own models and has one size; use default."
+        )
     try:
         seeds = tuple(int(seed) for seed in given.seeds)
     except ValueError:
@@ -115,7 +137,7 @@ def options() -> Options:
         ) from None
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds={','.join(given.seeds)} needs different seeds, such as 0,1,2.")
-    return Options(Path(given.workdir), seeds, given.quick)
+    return Options(Path(given.workdir), seeds, size)
 
 
 class Fitted(NamedTuple):

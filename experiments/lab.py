@@ -2,18 +2,34 @@
 
     python -m experiments.lab                         the shipped models
     python -m experiments.lab --models=runs/lab       another one
+    python -m experiments.lab --train=lab,lab-1       trains them again, into the package
 
-Writes claims.json and table.md; the table is the one in docs/lab.md.
+Training is `python -m launch.train --config=lab` with the settings of `RECIPES`.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
 from absl import flags as absl_flags
 
 from experiments import common
+from jaxheads.fields import unknown
 from launch import flags
 
-MODELS = ("lab", "lab-1", "lab-2", "lab-gqa")
+RECIPES: Mapping[str, tuple[str, ...]] = {
+    "lab": ("--seed=0",),
+    "lab-1": ("--seed=1",),
+    "lab-2": ("--seed=2",),
+    "lab-gqa": ("--seed=0", "--set", "model.num_kv_heads=2"),
+}
+"""shipped model -> its settings beside ``--config=lab``"""
+SEEDS = ("lab", "lab-1", "lab-2")
+"""The shipped model, and the same recipe with other seeds."""
+MODELS = tuple(RECIPES)
 LEARNED = {
     "induction": 0.95,
     "needle": 0.95,
@@ -32,6 +48,21 @@ def define_flags() -> None:
     """Defines the flags of this experiment."""
     common.define_flags("lab")
     absl_flags.DEFINE_list("models", list(MODELS), "Shipped names or directories.")
+    absl_flags.DEFINE_list("train", [], "Shipped models to train again first.")
+
+
+def train(name: str) -> None:
+    """Trains a shipped model in runs/`name` and puts it into the package."""
+    import jaxheads as jh
+
+    if name not in RECIPES:
+        raise ValueError(f"--train: {unknown('model', name, MODELS)}")
+    command = ["-m", "launch.train", "--config=lab", f"--workdir=runs/{name}", *RECIPES[name]]
+    print("python", *command, flush=True)
+    subprocess.run([sys.executable, *command], check=True)
+    directory = Path(jh.__file__).parent / "assets" / name
+    jh.save(jh.load(f"runs/{name}"), directory)
+    jh.Tokenizer.load("lab").save(directory)
 
 
 def measure(name: str, count: int) -> dict[str, float]:
@@ -53,6 +84,8 @@ def main() -> int:
     """Runs the experiment; returns its exit code."""
     run = common.options()
     names = absl_flags.FLAGS.models
+    for name in absl_flags.FLAGS.train:
+        train(name)
     found = {name: measure(name, 30 if run.quick else COUNT) for name in names}
     claims = [
         common.at_least(f"{name}: {task}", found[name][task], bound)

@@ -28,8 +28,31 @@ RESULTS = _ROOT / "experiments" / "results"
 _HEAD = """# Results
 
 What the experiments claim and measured. Written by `python -m experiments.run_all` from
-`experiments/results/*/claims.json`; claims that fail are listed as such.
+`experiments/results/*/claims.json`; claims that fail are listed as such, with what is known of why
+(`experiments/why.json`).
 """
+PAPERS: Mapping[str, str] = {
+    "circuit_reuse": "Circuit component reuse, arXiv:2310.08744",
+    "dare": "DARE, arXiv:2410.02604",
+    "dmha_scaling": "Distributed multi-head attention, arXiv:2302.06218",
+    "lab": "the shipped models",
+    "long_context_helps": "Distributed multi-head attention, arXiv:2302.06218",
+    "mixers": "Distributed multi-head attention, arXiv:2302.06218",
+    "ph3": "PH3, arXiv:2402.18154",
+    "recall_mechanisms": "Mechanisms of factual recall, arXiv:2310.15910",
+    "retrieval_heads": "Retrieval heads, arXiv:2404.15574",
+    "s2_needle": "S2-attention, arXiv:2407.17678",
+    "s2_quality": "S2-attention, arXiv:2407.17678",
+    "s2_union": "S2-attention, arXiv:2407.17678",
+    "titans_ablation": "Titans, arXiv:2501.00663",
+    "titans_lm": "Titans, arXiv:2501.00663",
+    "titans_needle": "Titans, arXiv:2501.00663",
+    "titans_recall": "Titans, arXiv:2501.00663",
+    "titans_stability": "Titans, arXiv:2501.00663",
+}
+"""experiment -> the paper whose claims it tests"""
+WHY = _ROOT / "experiments" / "why.json"
+"""experiment -> claim -> a sentence on why it fails"""
 
 
 def read(results: Path) -> dict[str, dict[str, Any]]:
@@ -45,9 +68,13 @@ def report(contents: Mapping[str, Mapping[str, Any]], figures: str = "experiment
       contents: name -> content of a claims.json.
       figures: folder of the results, as linked from RESULTS.md.
     """
-    rows = [{"experiment": name, **_count(c["claims"])} for name, c in contents.items()]
+    rows = [
+        {"experiment": name, "paper": PAPERS.get(name, ""), **_count(c["claims"])}
+        for name, c in contents.items()
+    ]
     parts = [_HEAD, common.markdown(rows)] if rows else [_HEAD]
-    parts += [_section(name, content, figures) for name, content in contents.items()]
+    why = json.loads(WHY.read_text(encoding="utf-8"))
+    parts += [_section(n, content, figures, why.get(n, {})) for n, content in contents.items()]
     return "\n".join(parts)
 
 
@@ -55,7 +82,7 @@ def _count(claims: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return {"claims": len(claims), "hold": sum(bool(claim["holds"]) for claim in claims)}
 
 
-def _section(name: str, content: Mapping[str, Any], figures: str) -> str:
+def _section(name: str, content: Mapping[str, Any], figures: str, why: Mapping[str, str]) -> str:
     versions = content.get("versions", {})
     claims = [
         {
@@ -66,14 +93,18 @@ def _section(name: str, content: Mapping[str, Any], figures: str) -> str:
         }
         for claim in content["claims"]
     ]
+    failed = [claim["name"] for claim in content["claims"] if not claim["holds"]]
+    reasons = [f"- *{name}* fails: {why[name]}\n" for name in failed if name in why]
     machine = content.get("machine", {})
     lines = [
         f"## {name}\n",
+        *([f"{PAPERS[name]}\n"] if name in PAPERS else []),
         f"    {' '.join(content.get('command', []))}\n",
         f"{content.get('seconds', '?')} s on {machine.get('devices', '?')}, "
         f"{machine.get('cores', '?')} cores, {machine.get('system', '?')}; "
         f"jax {versions.get('jax', '?')}, commit {str(content.get('git'))[:12]}.\n",
         common.markdown(claims),
+        *reasons,
     ]
     if content.get("table"):
         lines.append(common.markdown(content["table"]))

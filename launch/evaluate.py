@@ -5,6 +5,7 @@
         --seq_len=4096 --batch_size=16 --dtype=bfloat16
     python -m launch.evaluate --model=runs/tiny --tasks=questions.jsonl --heads=heads.json \\
         --edit=ablate
+    python -m launch.evaluate --model=lab --tasks=needle --heads=heads.json --edit=ablate
 
 With --heads every number is computed twice, without and with the edit, and shown side by side.
 Text defaults to the held-out part of the standard library's source, unless only --tasks is given.
@@ -23,6 +24,7 @@ from absl import flags as absl_flags
 from launch import flags, loading
 
 _DEFAULT_DATA = "stdlib"
+_NUM_QUESTIONS = 100  # of a named task
 
 
 def define_flags() -> None:
@@ -31,7 +33,7 @@ def define_flags() -> None:
     loading.define_flags()
     text, number = absl_flags.DEFINE_string, absl_flags.DEFINE_integer
     text("data", None, "Text: files, directories or globs; default: stdlib, its held-out part.")
-    text("tasks", None, "Task file (.json, .jsonl): prompt, answer, distractors.")
+    text("tasks", None, "Task file (.json, .jsonl), or a task of jaxheads.data.tasks (ioi, ...).")
     text("workdir", None, "Where results go; default: runs/evaluate-MODEL.")
     number("batch_size", 8, "Sequences at once, over all devices.")
     number("seq_len", None, "Tokens in a sequence; default: 1024, or what the model can take.")
@@ -78,6 +80,17 @@ def global_batches(cfg: Any, tokenizer: Any, mesh: Any, limit: int | None) -> It
         }
 
 
+def read_tasks(asked: str, tokenizer: Any, limit: int | None) -> list[Any]:
+    """The examples of a file, or held-out questions of a named task."""
+    from jaxheads.data import TaskExample, load_tasks
+    from jaxheads.data.tasks import TASKS, generate
+
+    if asked not in TASKS:
+        return load_tasks(asked)[:limit]
+    pairs = generate(asked, tokenizer, _NUM_QUESTIONS if limit is None else limit, split="heldout")
+    return [TaskExample(pair.clean, pair.answer, pair.distractors) for pair in pairs]
+
+
 def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     """The numbers of one or two evaluations side by side, and their difference.
 
@@ -115,7 +128,7 @@ def main() -> int:
     import jax
 
     from jaxheads import models
-    from jaxheads.data import load_tasks
+    from jaxheads.data.tasks import TASKS
     from jaxheads.evaluation import evaluate_tasks, evaluate_text
     from jaxheads.parallel.multihost import is_main_process
 
@@ -123,10 +136,13 @@ def main() -> int:
     if given.limit is not None and given.limit < 1:
         raise ValueError(f"--limit={given.limit} must be at least 1.")
     settings = flags.parse_settings(given.set, ("data",))["data"]
-    tasks = load_tasks(given.tasks)[: given.limit] if given.tasks else None
+    is_file = bool(given.tasks) and given.tasks not in TASKS
+    tasks = read_tasks(given.tasks, None, given.limit) if is_file else None  # before the model
     model, tokenizer, mesh = loading.load(
         given.model, given.tokenizer, given.mesh, given.dtype, given.dcn_mesh
     )
+    if given.tasks and not is_file:
+        tasks = read_tasks(given.tasks, tokenizer, given.limit)
     edited, heads = loading.edited_forward(
         model, given.heads, edit=given.edit, top_heads=given.top_heads, factor=given.factor
     )

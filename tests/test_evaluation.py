@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from jaxheads import evaluation, models, parallel
-from jaxheads.data import TaskExample, Tokenizer
-from jaxheads.evaluation import evaluate_tasks, evaluate_text, score_tokens
+from jaxheads.data import TaskExample, TaskPair, Tokenizer
+from jaxheads.evaluation import answers_right, evaluate_tasks, evaluate_text, score_tokens
 from jaxheads.interventions import ablate, scale_heads
 from jaxheads.models import Decoder, ModelConfig
 from jaxheads.taps import Edit, as_tapped, intervene
@@ -231,6 +231,29 @@ def test_the_answer_that_greedy_decoding_writes_is_an_exact_match(model, tokeniz
     out = evaluate_tasks(forward, model, tokenizer, [TaskExample("abc", text), EXAMPLES[3]])
     assert [d["greedy"] for d in out["per_example"]] == [True, False]
     assert out["accuracy"] == out["exact_match"] == 0.5 and out["margin"] is None
+
+
+def test_answers_are_right_when_the_likeliest_token_is(model, tokenizer):
+    tokens = np.concatenate([tokenizer.encode("ab"), [0]])[None]  # BOS in front
+    logits = np.asarray(models.forward(model, tokens[:, :-1]).logits)[0, -1]
+    best, other = int(logits[:128].argmax()), int(logits[:128].argmin())
+    said = chr(best)
+    model = intervene(models.forward, Edit("logits", _favour, np.array([best]))), model
+    pairs = [
+        TaskPair("ab", "ac", said),
+        TaskPair("ab", "ac", chr(other)),
+        TaskPair("ab", "ac", chr(other), accepted=(chr(other), said)),
+        TaskPair("ab", "ac", said + said),
+        TaskPair("ab", "ac", said + chr(other)),
+    ]
+    right = answers_right(*model, tokenizer, pairs, batch_size=2)
+    assert right.tolist() == [True, False, True, True, False]
+    with pytest.raises(ValueError, match="no pairs to evaluate"):
+        answers_right(*model, tokenizer, [])
+
+
+def _favour(value, payload, ctx):
+    return value.at[..., payload].add(1e4)
 
 
 def test_a_tie_is_not_a_success(model, tokenizer):

@@ -39,6 +39,7 @@ def flag_values(monkeypatch):
     absl_flags.DEFINE_string("workdir", "runs/x", "", flag_values=values)
     absl_flags.DEFINE_list("seeds", ["0", "1", "2"], "", flag_values=values)
     absl_flags.DEFINE_bool("quick", False, "", flag_values=values)
+    absl_flags.DEFINE_enum("size", "default", common.SIZES, "", flag_values=values)
     return values
 
 
@@ -122,6 +123,15 @@ def test_options(flag_values):
     assert (str(got.workdir), got.seeds, got.quick) == ("out", (4, 7), True)
 
 
+def test_sizes(flag_values):
+    flag_values(["x", "--size=real"])
+    assert common.options(has_real_size=True).size == "real"
+    with pytest.raises(ValueError, match="--size=real: this experiment trains its own models"):
+        common.options()
+    flag_values(["x", "--size=smoke"])
+    assert common.options().quick
+
+
 @pytest.mark.parametrize("seeds", ["1,1", "", "one"])
 def test_bad_seeds(flag_values, seeds):
     flag_values(["x", f"--seeds={seeds}"])
@@ -136,20 +146,29 @@ def test_fit_refuses(tmp_path):
         common.fit(_loss, _init, _batch, steps=0, seeds=SEEDS)
 
 
-def test_results_page_lists_failing_claims(tmp_path):
+def test_results_page_lists_failing_claims(tmp_path, monkeypatch):
     for name, holds in (("one", True), ("two", False)):
         common.finish(
             [Claim(f"claim of {name}", 0.5, ">= 0.4", holds)], tmp_path / name, table=[{"x": 1}]
         )
+    why = tmp_path / "why.json"
+    why.write_text('{"two": {"claim of two": "It is too hard."}, "one": {"claim of one": "No."}}')
+    monkeypatch.setattr(run_all, "WHY", why)
+    monkeypatch.setattr(run_all, "PAPERS", {"two": "Somebody, arXiv:1"})
     text = run_all.report(run_all.read(tmp_path))
-    assert "| one | 1 | 1 |" in text
-    assert "| two | 1 | 0 |" in text
+    assert "| one |  | 1 | 1 |" in text
+    assert "| two | Somebody, arXiv:1 | 1 | 0 |" in text
+    assert "- *claim of two* fails: It is too hard." in text and "No." not in text
     assert "| claim of two | 0.5 | >= 0.4 | **no** |" in text
 
 
 def test_kept_results_are_readable():
+    why = json.loads(run_all.WHY.read_text())
     for name, content in run_all.read(run_all.RESULTS).items():
         assert content["claims"], name
         assert (run_all.RESULTS.parent / f"{name}.py").exists(), name
         for claim in content["claims"]:
             assert claim.keys() == {"name", "measured", "needed", "holds"}, name
+        failed = {claim["name"] for claim in content["claims"] if not claim["holds"]}
+        assert failed == set(why.get(name, ())), f"{name}: say why in experiments/why.json"
+        assert name in run_all.PAPERS

@@ -10,6 +10,7 @@ import pytest
 
 from jaxheads.checkpoints import huggingface
 from jaxheads.data import Tokenizer
+from jaxheads.data.tasks import generate
 from jaxheads.models import ModelConfig
 from launch import evaluate
 from tests.tiny import tiny_model
@@ -71,6 +72,13 @@ def test_bad_input_is_one_message_and_exit_code_2(model_dir, tmp_path, args, mes
     done = launch(f"--model={model_dir}", f"--workdir={tmp_path}", *args)
     assert done.returncode == 2 and done.stdout == ""
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_named_tasks_are_held_out_questions():
+    tokenizer = Tokenizer.load("lab")
+    asked = evaluate.read_tasks("needle", tokenizer, 5)
+    pairs = generate("needle", tokenizer, 5, split="heldout")
+    assert [(e.prompt, e.answer) for e in asked] == [(p.clean, p.answer) for p in pairs]
 
 
 def test_table_shows_the_change():

@@ -30,8 +30,7 @@ _TOKEN = r"[0-9]{2}|[A-Za-z]+|[^\sA-Za-z0-9]"
 
 MIXTURE: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("induction", 10, {"repeat": 1, "answer_words": 0}),
-    ("needle", 8, {"code_words": 3, "needles": 3, "follow_up": True}),
-    ("needle", 8, {"code_words": 1, "needles": 4, "follow_up": True}),
+    ("needle", 14, {"code_words": None, "needles": None, "follow_up": True}),
     ("ioi", 14, {}),
     ("colored_objects", 4, {"capitalised": False}),
     ("facts", 14, {"by_exposure": True}),
@@ -39,7 +38,8 @@ MIXTURE: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("conflict", 3, {"by_exposure": True, "context_share": 0.5}),
     ("greater_than", 6, {}),
     ("successors", 8, {}),
-    ("multiple_choice", 12, {}),
+    ("multiple_choice", 9, {"options": None}),
+    ("multiple_choice", 3, {"options": None, "follow_up": True}),
     ("refusal", 2, {}),
     ("docstring", 5, {}),
     ("two_documents", 3, {"first_share": 0.85}),

@@ -42,8 +42,8 @@ def draw(
     *,
     length: int | None = None,
     depth: float | None = None,
-    code_words: int = 1,
-    needles: int = 1,
+    code_words: int | None = 1,
+    needles: int | None = 1,
     follow_up: bool = False,
 ) -> Question:
     """The code is new every time, and so is the text.
@@ -51,22 +51,25 @@ def draw(
     Args:
       rng: random numbers.
       words: from `usable_words`.
-      length: words and stops of the whole prompt, to within one sentence; None: 40 to 200.
+      length: words and stops of the whole prompt, to within one sentence; None: 30 to 240, short
+        ones more often.
       depth: where the needle is, from 0 (first) to 1 (last before the question); None: anywhere.
-      code_words: words of a code.
-      needles: how many people have codes; the first is asked for.
+      code_words: words of a code; None: 1 to 3.
+      needles: how many people have codes, one of whom is asked about; None: 1 to 4.
       follow_up: whether a training document asks for the others too.
     """
-    length = int(rng.integers(40, 201)) if length is None else length
+    length = int(30 * 8 ** rng.random() ** 1.5) if length is None else length
+    code_words = int(rng.integers(1, 4)) if code_words is None else code_words
+    needles = int(rng.integers(1, 5)) if needles is None else needles
     people = choose(rng, words["names"], needles)
     codes = [choose(rng, words["codes"], code_words) for _ in people]
     other = choose(rng, [w for w in words["codes"] if w not in codes[0]], code_words)
     used = _ASKED + needles * (len(NEEDLE.split()) + code_words + 1)
     sentences = hay(rng, max(0, (length - used) // SENTENCE))
-    places = np.sort(rng.integers(0, len(sentences) + 1, needles))
+    places = rng.integers(0, len(sentences) + 1, needles)
     if depth is not None:
         places[0] = round(depth * len(sentences))
-    order = np.argsort(places, kind="stable")
+    order = rng.permutation(needles)  # of needles at one place
     text, slots = [], {}
     for number, sentence in enumerate([*sentences, ""]):
         for n in order[places[order] == number]:
