@@ -60,7 +60,8 @@ class Prompts(NamedTuple):
     stated: np.ndarray
     """Words."""
     marks: dict[str, np.ndarray]
-    """Spans as bool [B,T] over the clean prompt: subject, stated, question."""
+    """Spans as bool [B,T] over the clean prompt: subject and stated (of the statement), question
+    (all of it but the last token) and subject2 (in the question)."""
 
     def __len__(self) -> int:
         return len(self.mem)
@@ -155,9 +156,7 @@ def _conflicts(tokenizer: Any, relation: str, seed: int) -> list[Conflict]:
     if is_lab(tokenizer):
         from jaxheads.data.tasks import facts
 
-        known = dict(facts.FACTS[relation])
-        template = (facts.STATED + facts.ASKED).replace("{relation}", relation)
-        template = template.replace("{subject2}", "{subject}")
+        known, template = dict(facts.FACTS[relation]), lab_template(relation)
     else:
         main = relation == RELATIONS[0]
         path = given.facts if main else given.other_facts
@@ -166,6 +165,14 @@ def _conflicts(tokenizer: Any, relation: str, seed: int) -> list[Conflict]:
         template = given.template if main else other
     rows = world_capitals.cross_product(known, template)
     return world_capitals.pair_up(rows, tokenizer, len(rows), seed)
+
+
+def lab_template(relation: str) -> str:
+    """The prompt of the lab language's task `conflict`."""
+    from jaxheads.data.tasks import facts
+
+    text = (facts.STATED + facts.ASKED).replace("{relation}", relation)
+    return text.replace("{subject2}", "{subject}")
 
 
 def encode(rows: Sequence[Conflict], tokenizer: Any) -> tuple[Prompts, int, list[str]]:
@@ -212,7 +219,7 @@ def encode(rows: Sequence[Conflict], tokenizer: Any) -> tuple[Prompts, int, list
 
 
 def _spans(row: Conflict, ids: Any) -> dict[str, np.ndarray]:
-    """Which tokens of the prompt are the stated subject, the stated answer, and the question."""
+    """The spans of `Prompts.marks`; empty for what the template leaves out."""
     text, size = row.prompt, len(ids(row.prompt))
     place = np.arange(size)
     at = lambda end: len(ids(text[:end].rstrip()))
@@ -221,10 +228,12 @@ def _spans(row: Conflict, ids: Any) -> dict[str, np.ndarray]:
     stated = text.index(row.stated) if after < 0 else after
     begins = re.search(r"\bQ ?:", text)
     asks = begins.start() if begins else len(text)
+    again = text.find(row.subject, asks)
     spans = {
         "subject": (at(subject), at(subject + len(row.subject))),
         "stated": (at(stated), at(stated + len(row.stated))),
         "question": (at(asks), size - 1),
+        "subject2": (at(again), at(again + len(row.subject))) if again >= 0 else (0, 0),
     }
     return {key: (place >= a) & (place < b) for key, (a, b) in spans.items()}
 

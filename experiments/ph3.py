@@ -237,11 +237,12 @@ def _transfer(model: Any, other: list[Prompts] | None, mask, rho: float, goal: s
 
 def information_flow(model: Any, found: Prompts) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Knock-out profiles of either answer, saliency of flows by layer, and the lens."""
+    sources = [name for name, where in found.marks.items() if where.any(1).all()]
     profiles = {
         f"{source}, {name}": np.asarray(
             knockout_profile(jh.forward, model, found.clean, answer, found.marks[source])
         )
-        for source in ("subject", "stated", "question")
+        for source in sources
         for name, answer in (("memorised", found.mem), ("stated", found.ctx))
     }
     last = conflicts.last(found, "clean")
@@ -251,11 +252,11 @@ def information_flow(model: Any, found: Prompts) -> tuple[dict[str, np.ndarray],
     for name, answer in (("memorised", found.mem), ("stated", found.ctx)):
         loss = log_probability(answer, positions=last)
         saliency = np.asarray(attention_saliency(jh.forward, model, found.clean, loss))
-        for source, target in (("subject", "question"), ("subject", "last"), ("stated", "last")):
+        for source, target in [("subject", "question"), *((name, "last") for name in sources)]:
             pairs = spans[target][:, :, None] & spans[source][:, None]  # [B,T,S]
-            flow[f"saliency {source} -> {target}, {name}"] = (
-                np.einsum("lbts,bts->l", saliency, pairs) / pairs.sum()
-            )
+            flow[f"saliency {source} -> {target}, {name}"] = np.einsum(
+                "lbts,bts->l", saliency, pairs
+            ) / max(pairs.sum(), 1)
     lens = layer_lens(jh.forward, model, found.clean, np.stack(found.answers, axis=1))
     flow["lens attention (memorised, stated)"] = np.asarray(lens.attention.mean(1))
     flow["lens mlp (memorised, stated)"] = np.asarray(lens.mlp.mean(1))
@@ -271,7 +272,7 @@ def main() -> int:
             found.append(one_model(loaded, run, seed))
         for row in found[-1].rows:
             rows.append({"model": name, **row})
-            print(rows[-1], flush=True)
+            print(common.markdown(rows[-1:]), flush=True)
     claims = []
     for goal, group in PRUNED.items():
         own = [row for row in rows if row["goal"] == goal]
@@ -316,10 +317,10 @@ def draw(found: Sequence[Found], page: Any) -> None:
     left.set(xlabel="heads pruned (%)", ylabel="rate (validation)", ylim=(0, 1.02))
     left.legend()
     for name in found[0].profiles:
-        if not name.startswith("question"):
+        style = {"stated": "-", "subject2": "--"}.get(name.split(",")[0])
+        if style:
             mean = np.mean([one.profiles[name] for one in found], axis=0)
             color = colors["memory" if name.endswith("memorised") else "context"]
-            style = "-" if name.startswith("stated") else "--"
             right.plot(mean, color=color, linestyle=style, label=f"{name} answer")
     right.set(xlabel="layer of the window", ylabel="relative change of probability")
     right.legend(title="attention to ..., p of ...", fontsize="small")

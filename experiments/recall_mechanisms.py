@@ -193,7 +193,7 @@ def main() -> int:
             found.append(one_model(loaded, run, seed))
         counts = conflicts.exposures(loaded.tokenizer, "capital")
         rows.append({"model": name, **found[-1].row})
-        print(rows[-1], flush=True)
+        print(common.markdown(rows[-1:]), flush=True)
     column = lambda key: np.array([row[key] for row in rows], float)
     change = column("change")
     share = lambda key: column(key) / np.where(change == 0, np.nan, change)

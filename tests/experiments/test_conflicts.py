@@ -9,6 +9,7 @@ import pytest
 
 import jaxheads as jh
 from experiments import conflicts, ph3, recall_mechanisms
+from jaxheads.data.tasks import facts, generate
 from jaxheads.data.tasks.world_capitals import cross_product, pair_up
 from jaxheads.models import ModelConfig
 from tests.launch.processes import finish, make_environment, start
@@ -32,6 +33,8 @@ def test_prompts_hold_both_answers_and_mark_their_places():
         }
         assert spans["subject"] == found.subject[n]
         assert spans["stated"] == found.stated[n]
+        assert spans["subject2"] == found.subject[n]
+        assert found.marks["subject2"][n].argmax() > found.marks["stated"][n].argmax()
         assert spans["question"].startswith("Q")
         question = found.question["tokens"][n][: conflicts.last(found)[n] + 1]
         assert word(question).endswith("A :") or word(question).endswith("A:")
@@ -40,14 +43,20 @@ def test_prompts_hold_both_answers_and_mark_their_places():
     np.testing.assert_array_equal(parts[1].mem, found.mem[4:10])
 
 
+def test_lab_prompts_are_those_of_the_task():
+    rows = cross_product(dict(facts.FACTS["language"]), conflicts.lab_template("language"))
+    pairs = generate("conflict", jh.Tokenizer.load("lab"), 40, relation="language")
+    assert {pair.clean for pair in pairs} <= {row.prompt for row in rows}
+
+
 def test_answers_that_begin_alike_are_left_out():
     tokenizer = jh.Tokenizer.load("lab")
-    facts = {"Peru": "Lima Paris", "Cuba": "Lima Havana", "Iran": "Rome Tehran",
-             "Kenya": "Rome Nairobi"}  # fmt: skip
-    rows = pair_up(cross_product(facts), tokenizer, 100)
+    own = {"Peru": "Lima Paris", "Cuba": "Lima Havana", "Iran": "Rome Tehran",
+           "Kenya": "Rome Nairobi"}  # fmt: skip
+    rows = pair_up(cross_product(own), tokenizer, 100)
     found, left_out, long = conflicts.encode(rows, tokenizer)
     assert (len(rows), left_out, len(found)) == (12, 4, 8)
-    assert set(long) == set(facts.values())
+    assert set(long) == set(own.values())
     with pytest.raises(ValueError, match="no conflict is left"):
         conflicts.encode([row for row in rows if row.memory[0] == row.stated[0]], tokenizer)
 
