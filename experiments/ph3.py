@@ -323,6 +323,7 @@ def draw(found: Sequence[Found], page: Any) -> None:
             color = colors["memory" if name.endswith("memorised") else "context"]
             right.plot(mean, color=color, linestyle=style, label=f"{name} answer")
     right.set(xlabel="layer of the window", ylabel="relative change of probability")
+    right.set_yscale("symlog", linthresh=1)
     right.legend(title="attention to ..., p of ...", fontsize="small")
 
 
