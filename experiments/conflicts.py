@@ -63,7 +63,9 @@ class Prompts(NamedTuple):
     """Spans as bool [B,T] over the clean prompt: subject and stated (of the statement), question
     (all of it but the last token) and subject2 (in the question)."""
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
+        """B"""
         return len(self.mem)
 
     def take(self, rows: Any) -> Prompts:
@@ -125,25 +127,28 @@ def prompts(
     found, collisions, long = encode(rows, loaded.tokenizer)
     named = Counter(long).most_common(5)
     print(
-        f"{relation}: {len(found)} prompts; {collisions} left out (both answers have one first "
+        f"{relation}: {found.size} prompts; {collisions} left out (both answers have one first "
         f"token, or no twin of equal length); of {len(long)} longer answers the first token counts "
         f"{[word for word, _ in named]}",
         flush=True,
     )
     if absl_flags.FLAGS.filter:
-        right = read_metric(
-            jh.forward, loaded.model, found.question, accuracy(found.mem, positions=last(found))
-        )
-        kept = np.flatnonzero(np.asarray(right))
-        names = len(set(found.subject.tolist())), len(set(found.subject[kept].tolist()))
-        print(f"{relation}: the model knows {names[1]} of {names[0]} subjects", flush=True)
-        if not kept.size:
-            raise ValueError(
-                f"the model answers no {relation} question without the statement, so there is no "
-                "memory to conflict with; --nofilter keeps all prompts."
-            )
-        found = found.take(kept)
+        found = keep_known(loaded.model, found, relation)
     return found.take(slice(0, count))
+
+
+def keep_known(model: Any, found: Prompts, relation: str) -> Prompts:
+    """The prompts about subjects that the model answers without the statement."""
+    knows = accuracy(found.mem, positions=last(found))
+    kept = np.flatnonzero(np.asarray(read_metric(jh.forward, model, found.question, knows)))
+    names = len(set(found.subject.tolist())), len(set(found.subject[kept].tolist()))
+    print(f"{relation}: the model knows {names[1]} of {names[0]} subjects", flush=True)
+    if not kept.size:
+        raise ValueError(
+            f"the model answers no {relation} question without the statement, so there is no "
+            "memory to conflict with; --nofilter keeps all prompts."
+        )
+    return found.take(kept)
 
 
 def last(found: Prompts, which: str = "question") -> np.ndarray:

@@ -83,8 +83,8 @@ def one_model(loaded: Any, run: common.Options, seed: int) -> Found:
     given, model = absl_flags.FLAGS, loaded.model
     sizes = (20, 10, 20) if run.quick else (given.n_score, given.n_validate, given.n_test)
     score, validate, test = conflicts.prompts(loaded, "capital", sum(sizes), seed).split(*sizes)
-    if not len(test):
-        raise ValueError(f"{len(score) + len(validate)} prompts are left: none to test on.")
+    if not test.size:
+        raise ValueError(f"{score.size + validate.size} prompts are left: none to test on.")
     other = _second_relation(loaded, sizes, seed)
     scores = _scores(model, score)
     few = _scores(model, score.take(slice(0, 4)))
@@ -223,7 +223,7 @@ def _second_relation(loaded: Any, sizes: tuple[int, ...], seed: int) -> list[Pro
     except (ValueError, OSError) as error:
         print(f"no second relation: {error}", flush=True)
         return None
-    return [score, test] if len(test) else None
+    return [score, test] if test.size else None
 
 
 def _transfer(model: Any, other: list[Prompts] | None, mask, rho: float, goal: str) -> dict:

@@ -80,8 +80,8 @@ def one_model(loaded: Any, run: common.Options, seed: int) -> Found:
     sizes = (20, 40) if run.quick else (given.tune, given.test)
     asked = conflicts.prompts(loaded, "capital", sum(sizes), seed)
     tune, test = asked.split(*sizes)
-    if not len(test):
-        raise ValueError(f"{len(tune)} prompts are left: none to test on; lower --tune={sizes[0]}.")
+    if not test.size:
+        raise ValueError(f"{tune.size} prompts are left: none to test on; lower --tune={sizes[0]}.")
 
     delta = head_attribution(
         jh.forward, model, tune.clean, tune.ctx, tune.mem,
@@ -132,7 +132,7 @@ def _side_effects(loaded: Any, edit: np.ndarray, test: Prompts, seed: int, quick
     return {
         "knows, scaled": float(read_metric(scaled, model, test.question, knows).mean()),
         "perplexity": plain, "perplexity change": edited / plain - 1,
-        "transfer change": _transfer(loaded, edit, len(test), seed),
+        "transfer change": _transfer(loaded, edit, test.size, seed),
     }  # fmt: skip
 
 

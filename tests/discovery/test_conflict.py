@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxheads as jh
+from jaxheads import parallel
 from jaxheads.decoding import context_aware_logits
 from jaxheads.discovery import (
     conflict_rates,
@@ -43,6 +44,23 @@ def gap(logits, weights=(1.0, 1.0)):
     """[B]: p(memory) weights[0] - p(context) weights[1]."""
     p = jax.nn.softmax(logits[:, -1])
     return p[ROWS, jnp.array(MEM)] * weights[0] - p[ROWS, jnp.array(CTX)] * weights[1]
+
+
+@pytest.mark.slow
+def test_split_over_devices_nothing_changes():
+    model, clean, corrupt = case("llama")
+    gates = np.random.default_rng(0).normal(1, 2, (3, L, H)).astype(np.float32)
+    rows = slice(0, 2)
+    run = lambda model: (
+        conflict_scores(forward, model, clean[rows], corrupt[rows], MEM[rows], CTX[rows]),
+        *rates(forward, model, clean[rows], MEM[rows], CTX[rows], gates=gates),
+    )
+    want = run(model)
+    mesh = parallel.make_mesh("data:2,model:2")
+    with jax.set_mesh(mesh):
+        got = run(parallel.shard(model, mesh))
+    for a, b in zip(got, want):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "neox", "llama"])

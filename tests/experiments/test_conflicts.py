@@ -24,8 +24,8 @@ def test_prompts_hold_both_answers_and_mark_their_places():
     found, left_out, long = conflicts.encode(rows, tokenizer)
     word = lambda ids: tokenizer.decode(np.atleast_1d(ids)).strip()
     assert (left_out, long) == (0, [])
-    assert len(found) == len(rows) > 10
-    for n in range(len(found)):
+    assert found.size == len(rows) > 10
+    for n in range(found.size):
         assert word(found.mem[n]) == FACTS[found.subject[n]] == found.memory[n]
         assert word(found.ctx[n]) == found.stated[n] != found.memory[n]
         spans = {
@@ -39,7 +39,7 @@ def test_prompts_hold_both_answers_and_mark_their_places():
         question = found.question["tokens"][n][: conflicts.last(found)[n] + 1]
         assert word(question).endswith("A :") or word(question).endswith("A:")
     parts = found.split(4, 6)
-    assert [len(part) for part in parts] == [4, 6]
+    assert [part.size for part in parts] == [4, 6]
     np.testing.assert_array_equal(parts[1].mem, found.mem[4:10])
 
 
@@ -55,7 +55,7 @@ def test_answers_that_begin_alike_are_left_out():
            "Kenya": "Rome Nairobi"}  # fmt: skip
     rows = pair_up(cross_product(own), tokenizer, 100)
     found, left_out, long = conflicts.encode(rows, tokenizer)
-    assert (len(rows), left_out, len(found)) == (12, 4, 8)
+    assert (len(rows), left_out, found.size) == (12, 4, 8)
     assert set(long) == set(own.values())
     with pytest.raises(ValueError, match="no conflict is left"):
         conflicts.encode([row for row in rows if row.memory[0] == row.stated[0]], tokenizer)
@@ -83,14 +83,31 @@ def test_claims_fail_without_a_gain():
     assert saturated[0].holds
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["recall_mechanisms", "ph3"])
-def test_a_quick_run_writes_its_claims(tmp_path, script):
+def make_model():
     tokenizer = jh.Tokenizer.load("lab")
     cfg = ModelConfig(
         vocab_size=tokenizer.vocab_size, num_layers=2, model_dim=16, num_heads=4, mlp_dim=16
     )
-    jh.save(tiny_model(cfg), tmp_path / "model")
+    return tiny_model(cfg)
+
+
+def test_subjects_unknown_to_the_model_are_left_out():
+    tokenizer = jh.Tokenizer.load("lab")
+    found, *_ = conflicts.encode(pair_up(cross_product(FACTS), tokenizer, 8), tokenizer)
+    model = make_model()
+    top = jh.forward(model, **found.question).logits
+    top = np.asarray(top)[np.arange(8), conflicts.last(found)].argmax(-1)
+    known = found._replace(mem=np.where(np.arange(8) % 2, top, found.mem).astype(np.int32))
+    kept = conflicts.keep_known(model, known, "capital")
+    np.testing.assert_array_equal(kept.stated, found.stated[(known.mem == top)])
+    with pytest.raises(ValueError, match="no capital question"):
+        conflicts.keep_known(model, found._replace(mem=(top + 1) % 400), "capital")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["recall_mechanisms", "ph3"])
+def test_a_quick_run_writes_its_claims(tmp_path, script):
+    jh.save(make_model(), tmp_path / "model")
     environment = make_environment(tmp_path / "cache")
     everyday = ("--quick", "--seeds=0", f"--workdir={tmp_path}", "--nofilter", "--tokenizer=lab")
     process = start(environment, f"experiments.{script}", *everyday, f"--model={tmp_path}/model")
