@@ -21,7 +21,8 @@ from jaxheads.data.tasks.words import COLORS, OBJECTS
 
 OPENERS = ("there is", "I see", "you see")
 SURFACES = ("table", "desk", "floor")
-LIST = "Q: On the {s}, {o} {a0} {c0} {t0}, {a1} {c1} {t1}, and {a2} {c2} {t2}. What color is the"
+ASKED = "What color is the"
+LIST = "Q: On the {s}, {o} {a0} {c0} {t0}, {a1} {c1} {t1}, and {a2} {c2} {t2}. " + ASKED
 
 
 def _article(color: str) -> str:
@@ -35,13 +36,20 @@ def _listed(rng: np.random.Generator, colors: list[str], objects: list[str]) -> 
     return slots
 
 
-def draw(rng: np.random.Generator, words: Words, *, capitalised: bool = True) -> Question:
+def draw(
+    rng: np.random.Generator,
+    words: Words,
+    *,
+    capitalised: bool = True,
+    follow_up: bool = False,
+) -> Question:
     """Held out are (object, colour) bindings of what is asked for.
 
     Args:
       rng: random numbers.
       words: from `usable_words`.
       capitalised: " Red" as in the paper, or " red", which stands in the prompt.
+      follow_up: whether a training document asks for the other objects too.
     """
     say = str.capitalize if capitalised else str
     colors, shown = choose(rng, words["colors"], 3), choose(rng, words["colors"], 3)
@@ -65,6 +73,9 @@ def draw(rng: np.random.Generator, words: Words, *, capitalised: bool = True) ->
             "object": "asked",
         },
         distractors=tuple(f" {say(colors[i])}" for i in rest),
+        more=tuple((f". {ASKED} {objects[i]}? A:", f" {say(colors[i])}") for i in rest)
+        if follow_up
+        else (),
     )
 
 

@@ -4,7 +4,7 @@
 
 With ``scratchpad=True`` the text of the answer is worked out first, and the label looked up:
 
-    Q: What is the capital of Poland? A. London B. Warsaw C. Rome D. Oslo A: Warsaw. Answer:   -> B
+    Q: What is the capital of Poland? A. London B. Warsaw C. Rome D. Oslo A: Warsaw   -> B
 
 The corrupt prompt has the same options in another order. Marks: ``label_0`` ... (the labels),
 ``right`` (the text of the right option).
@@ -22,7 +22,7 @@ from jaxheads.data.tasks.words import LETTERS
 
 ASKED = "Q: What is the {relation} of {subject}?"
 END = " Answer:"
-SCRATCH = " A: {text}."
+SCRATCH = " A:"
 
 
 def draw(
@@ -57,7 +57,7 @@ def draw(
     swapped = [*listed[:other_place], answer, *listed[other_place:]]
     slots = {f"l{i}": labels[i] for i in range(options)}
     label, listing = f" {labels[place]}", "".join(f" {{l{i}}}. {{o{i}}}" for i in range(options))
-    end = SCRATCH + END if scratchpad else " A:" if follow_up else END
+    end = f"{SCRATCH} {{text}}" if scratchpad else SCRATCH if follow_up else END
     return Question(
         template=ASKED + listing + end,
         clean={"relation": relation, "subject": subject, "text": answer, **slots}
@@ -69,8 +69,8 @@ def draw(
         marks={f"label_{i}": f"l{i}" for i in range(options)}
         | {"right": f"o{place}", "subject": "subject"},
         distractors=tuple(f" {labels[i]}" for i in range(options) if i != place),
-        more=((f".{END}", label),) if follow_up else (),
+        more=(("", label),) if follow_up else (),
     )
 
 
-TASK = Task(draw, (ASKED, END, *LETTERS, ".", *FACTS), dict(FACTS), tuple(FACTS), least=8)
+TASK = Task(draw, (ASKED, SCRATCH, END, *LETTERS, ".", *FACTS), dict(FACTS), tuple(FACTS), least=8)

@@ -45,6 +45,7 @@ def draw(
     code_words: int | None = 1,
     needles: int | None = 1,
     follow_up: bool = False,
+    direct: bool = False,
 ) -> Question:
     """The code is new every time, and so is the text.
 
@@ -57,8 +58,9 @@ def draw(
       code_words: words of a code; None: 1 to 3.
       needles: how many people have codes, one of whom is asked about; None: 1 to 4.
       follow_up: whether a training document asks for the others too.
+      direct: end with the needle's own words, up to the code, in place of a question.
     """
-    length = int(30 * 8 ** rng.random() ** 1.5) if length is None else length
+    length = int(30 * 8 ** rng.random() ** 2) if length is None else length
     code_words = int(rng.integers(1, 4)) if code_words is None else code_words
     needles = int(rng.integers(1, 5)) if needles is None else needles
     people = choose(rng, words["names"], needles)
@@ -78,7 +80,8 @@ def draw(
             stop = "{stop}" if n == 0 else "."
             text.append(NEEDLE.replace("{who}", f"{{who{n}}}") + f" {code}{stop}")
         text.append(sentence)
-    asked = QUESTION.replace("{who}", "{asked}")
+    question = NEEDLE if direct else QUESTION
+    asked = question.replace("{who}", "{asked}")
     return Question(
         template=" ".join([*filter(None, text), asked]),
         clean={**slots, "stop": ".", "asked": people[0]},
@@ -89,7 +92,7 @@ def draw(
         marks={"needle": "c0_0", "needle_end": "stop"},
         distractors=tuple(f" {' '.join(code)}" for code in codes[1:]),
         more=tuple(
-            (f". {QUESTION.format(who=who)}", f" {' '.join(code)}")
+            (f". {question.format(who=who)}", f" {' '.join(code)}")
             for who, code in zip(people[1:], codes[1:], strict=True)
         )
         if follow_up

@@ -1,0 +1,53 @@
+"""The recipe of the lab models works from scratch, and what is shipped is what it says."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import jaxheads as jh
+from experiments import lab
+from jaxheads.data.tasks import generate
+from jaxheads.data.tasks import lab as language
+from jaxheads.evaluation import answers_right
+from jaxheads.training.loop import train
+from launch.train import resolve
+
+SHIPPED = Path(jh.__file__).parent / "assets"
+
+
+@pytest.mark.slow
+def test_a_small_model_learns_four_tasks_from_scratch(tmp_path, monkeypatch):
+    tasks = ("refusal", "role", "greater_than", "facts")
+    mixture = tuple(row for row in language.MIXTURE if row[0] in tasks)
+    monkeypatch.setattr(language, "MIXTURE", mixture)
+    plan = resolve(
+        config="lab",
+        workdir=str(tmp_path),
+        steps="300",
+        seq_len="64",
+        batch_size="16",
+        set=[
+            "model.num_layers=2", "model.model_dim=64", "model.num_heads=4", "model.mlp_dim=160",
+            "train.lr=4e-3", "train.warmup_steps=30", "train.eval_every=0",
+            "train.checkpoint_every=0",
+        ],
+    )  # fmt: skip
+    train(plan.run)
+    model, tokenizer = jh.load(tmp_path), jh.Tokenizer.load("lab")
+    for task in tasks:
+        pairs = generate(task, tokenizer, 60, split="heldout")
+        assert answers_right(jh.forward, model, tokenizer, pairs).mean() >= 0.9, task
+
+
+def test_the_shipped_model_knows_its_tasks():
+    model, tokenizer = jh.load("lab"), jh.Tokenizer.load("lab")
+    recipe = json.loads((SHIPPED / "lab" / "training.json").read_text())["model"]
+    assert all(getattr(model.cfg, name) == value for name, value in recipe.items())
+    pairs = generate("ioi", tokenizer, 64, split="heldout")
+    assert answers_right(jh.forward, model, tokenizer, pairs).mean() >= 0.9
+
+
+def test_unknown_models_are_not_trained():
+    with pytest.raises(ValueError, match="unknown model 'lab-3'"):
+        lab.train("lab-3")
