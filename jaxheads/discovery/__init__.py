@@ -16,9 +16,27 @@ from jaxheads.discovery.circuits import (
     discover_circuit,
     overlap_at_cuts,
 )
+from jaxheads.discovery.conflict import (
+    AlphaTable,
+    PruneSweep,
+    Rates,
+    conflict_rates,
+    conflict_scores,
+    rates,
+    search_alpha,
+    select,
+    sweep_rates,
+)
 from jaxheads.discovery.edges import (
     EdgeScores,
     edge_attribution,
+)
+from jaxheads.discovery.head_attribution import head_attribution, rank_heads
+from jaxheads.discovery.information_flow import (
+    LayerLens,
+    attention_saliency,
+    knockout_profile,
+    layer_lens,
 )
 from jaxheads.discovery.metrics import (
     Metric,
@@ -52,27 +70,37 @@ from jaxheads.discovery.sweeps import (
 )
 
 __all__ = [
+    "AlphaTable",
     "Circuit",
     "EdgeScores",
+    "LayerLens",
     "LogitAttribution",
     "Metric",
     "NeedleInstance",
     "Overlap",
+    "PruneSweep",
+    "Rates",
     "RetrievalResult",
     "Stage",
     "accuracy",
     "activation_patch",
     "as_metric",
+    "attention_saliency",
     "attribution_patch",
     "batch_instances",
     "circuit_overlap",
+    "conflict_rates",
+    "conflict_scores",
     "copy_hits",
     "correlate",
     "discover_circuit",
     "edge_attribution",
     "edit_sets",
     "find_span",
+    "head_attribution",
     "kl_divergence",
+    "knockout_profile",
+    "layer_lens",
     "log_probability",
     "logit_attribution",
     "logit_difference",
@@ -80,11 +108,16 @@ __all__ = [
     "overlap_at_cuts",
     "path_patch",
     "percent",
+    "rank_heads",
+    "rates",
     "read_metric",
     "retrieval_scores",
+    "search_alpha",
+    "select",
     "split_half",
     "sweep_heads",
     "sweep_layers",
     "sweep_positions",
+    "sweep_rates",
     "unigram_recall",
 ]
