@@ -14,7 +14,7 @@ steps, from the same starts and on the same batches (Jin et al., 2024, arXiv:241
 Claimed: moh-75 loses at most 0.02 nats to mha and gains 0.02 over random routing; the balance loss
 keeps the busiest head under twice the mean load; shared heads help; heads differ more than in mha.
 
-    python -m experiments.moh                                     # about seven minutes on one core
+    python -m experiments.moh                     # about eight minutes on one idle core
     python -m experiments.moh --from=path/to/checkpoint --data=path/to/text
 
 The second form converts a dense checkpoint (routers from the norms of the queries, half of the
@@ -214,6 +214,7 @@ def convert(options: common.Options) -> int:
     pair = texts(absl_flags.FLAGS.data, 20_000 if options.quick else 1_000_000)
     learn, read = (partial(batch_of, data=jnp.asarray(tokenizer.encode(t))) for t in pair)
     heads = dense.cfg.num_heads
+    mixture = to_moh(dense, heads // 2, heads // 4)
     share = (dense.cfg.num_layers, heads)
 
     def kept_heads(key: Array) -> Array:
@@ -225,7 +226,7 @@ def convert(options: common.Options) -> int:
 
     starts = {
         "dense": lambda key: (dense, jnp.ones(share)),
-        "moh-75": lambda key: (to_moh(dense, heads // 2, heads // 4), jnp.ones(share)),
+        "moh-75": lambda key: (mixture, jnp.ones(share)),
         "static-75": lambda key: (dense, kept_heads(key)),
     }
     accuracy = lambda params, batch: next_token_accuracy(static(params[1]), params[0], batch)

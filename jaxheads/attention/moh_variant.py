@@ -129,8 +129,8 @@ def apply(
         return HeadsOut(moh.moh_combine(out.z, gates), out.lse, aux)
     q, k = softmax.rotate_heads(q, k, ctx)
     capacity = row_capacity(options.capacity_factor, q.shape[1], top_k, q.shape[2] - num_shared)
-    z, aux["num_dropped"] = attend_gathered(q, k, v, gates, ctx, num_shared, capacity)
-    return HeadsOut(z, None, {**aux, "num_dropped": aux["num_dropped"].astype(jnp.float32)})
+    z, num_dropped = attend_gathered(q, k, v, gates, ctx, num_shared, capacity)
+    return HeadsOut(z, None, {**aux, "num_dropped": num_dropped.astype(jnp.float32)})
 
 
 def _route(
