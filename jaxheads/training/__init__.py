@@ -3,7 +3,7 @@
 from jaxheads.training.configs import SCHEDULES, TrainConfig
 from jaxheads.training.loss import LossSums, chunked_cross_entropy, next_token_loss
 from jaxheads.training.metrics import flops_per_token, peak_flops, throughput
-from jaxheads.training.optimizers import learning_rate, make_optimizer
+from jaxheads.training.optimizers import learning_rate, make_optimizer, noam_schedule
 from jaxheads.training.sparse_step import SparseState, init_sparse, make_sparse_step
 from jaxheads.training.step import (
     TrainState,
@@ -31,6 +31,7 @@ __all__ = [
     "make_sparse_step",
     "make_train_step",
     "next_token_loss",
+    "noam_schedule",
     "peak_flops",
     "throughput",
     "train_step",

@@ -126,6 +126,17 @@ def learning_rate(cfg: TrainConfig) -> Schedule:
     return at
 
 
+def noam_schedule(model_dim: int, *, warmup: int = 2000, factor: float = 1.0) -> Schedule:
+    """``factor model_dim^-1/2 min(t^-1/2, t warmup^-3/2)``, t the update from 1 (the count is from
+    0), of the release."""
+
+    def rate(count):
+        t = jnp.asarray(count, jnp.float32) + 1
+        return factor * model_dim**-0.5 * jnp.minimum(t**-0.5, t * warmup**-1.5)
+
+    return rate
+
+
 def make_optimizer(cfg: TrainConfig) -> optax.GradientTransformation:
     """Clip by the global norm, then the named optimiser at `learning_rate(cfg)`.
 
