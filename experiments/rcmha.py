@@ -11,14 +11,14 @@ Four attentions, mha, mdha (convolved queries, keys and values), rmha (relative 
                 held-out loss, parameters with and without the table of positions, and the memory
                 that the compiled training step takes.
 
-    python -m experiments.rcmha                     # a quarter of an hour on one busy core
+    python -m experiments.rcmha                     # about 20 minutes on one idle core
     python -m experiments.rcmha --parts=text --data=path/to/text
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -134,25 +134,33 @@ def induction(run: common.Options) -> tuple[list[common.Claim], list[dict[str, A
             accuracy[name, length] = measure(metric, batches_fn=batches)
         found[name] = measure(partial(induction_weights, name), batches_fn=short).max(-1)  # [N]
         print(name, *(accuracy[name, n] for n in (LENGTH, LONG)), found[name], flush=True)
+    rows = [
+        {
+            "part": "induction",
+            "variant": name,
+            "accuracy at 64": accuracy[name, LENGTH].round(3),
+            "at 128": accuracy[name, LONG].round(3),
+            "weight on the token to copy": found[name].round(3),
+        }
+        for name in found
+    ]
+    return induction_claims(accuracy, found["rcmha"]), rows, {"induction_steps": steps}
+
+
+def induction_claims(
+    accuracy: Mapping[tuple[str, int], np.ndarray], weights: np.ndarray
+) -> list[common.Claim]:
+    """From accuracies [N] by variant and length, and rcmha's weights [N] on the token to copy."""
     of = lambda *names: np.mean([accuracy[name, LENGTH] for name in names], axis=0)
     gap = accuracy["rcmha", LONG] - accuracy["mdha", LONG]
-    claims = [
-        common.at_least(
-            "induction: accuracy with convolution, 64 tokens", of("mdha", "rcmha"), 0.9
-        ),
-        common.at_most("induction: accuracy without convolution", of("mha", "rmha"), 0.3),
-        common.at_least("induction: rcmha minus mdha at unseen 128 tokens", gap, 0.05),
-        common.at_most("induction: rcmha with the kernels of the identity", of("frozen"), 0.3),
-        common.at_least(
-            "induction: weight on the token to copy, best head of rcmha", found["rcmha"], 0.5
-        ),
+    at_least, at_most = common.at_least, common.at_most
+    return [
+        at_least("induction: accuracy with convolution, 64 tokens", of("mdha", "rcmha"), 0.9),
+        at_most("induction: accuracy without convolution", of("mha", "rmha"), 0.3),
+        at_least("induction: rcmha minus mdha at unseen 128 tokens", gap, 0.05),
+        at_most("induction: rcmha with the kernels of the identity", of("frozen"), 0.3),
+        at_least("induction: weight on the token to copy, best head of rcmha", weights, 0.5),
     ]
-    rows = [
-        {"part": "induction", "variant": name, "accuracy at 64": accuracy[name, LENGTH].round(3),
-         "at 128": accuracy[name, LONG].round(3), "weight on the token to copy": found[name].round(3)}
-        for name in found
-    ]  # fmt: skip
-    return claims, rows, {"induction_steps": steps}
 
 
 def text_config(name: str) -> TransformerXLConfig:
@@ -222,15 +230,17 @@ def text(run: common.Options) -> tuple[list[common.Claim], list[dict[str, Any]],
         each = losses[name].round(4)
         rows.append({"part": "text", "variant": name, "held-out loss": each, **footprint(name)})
         print(rows[-1], flush=True)
-    gap = losses["mha"] - losses["rcmha"]
+    kib = {row["variant"]: row["temporary KiB"] for row in rows}
+    more = {"text_steps": steps, "temporary KiB, rcmha over rmha": kib["rcmha"] / kib["rmha"]}
+    return [text_claim(losses["mha"], losses["rcmha"])], rows, more
+
+
+def text_claim(plain: np.ndarray, both: np.ndarray) -> common.Claim:
+    """From the losses [N] of mha and rcmha, seed by seed."""
+    gap = plain - both
     error = np.std(gap, ddof=1) / math.sqrt(len(gap)) if len(gap) > 1 else math.inf
     name = "text: loss of mha minus rcmha, less 2 standard errors, nats"
-    kib = {row["variant"]: row["temporary KiB"] for row in rows}
-    return (
-        [common.at_least(name, gap.mean() - 2 * error, 0.0)],
-        rows,
-        {"text_steps": steps, "temporary KiB, rcmha over rmha": kib["rcmha"] / kib["rmha"]},
-    )
+    return common.at_least(name, gap.mean() - 2 * error, 0.0)
 
 
 def draw(rows: list[dict[str, Any]]) -> Callable[[Any], None]:
@@ -258,7 +268,7 @@ def define_flags() -> None:
     absl_flags.DEFINE_list("parts", list(PARTS), "Which parts to run.")
     absl_flags.DEFINE_integer("steps", 1200, "Updates of the induction models.", lower_bound=1)
     absl_flags.DEFINE_integer("text_steps", 400, "Updates on text.", lower_bound=1)
-    absl_flags.DEFINE_string("data", "", "Text file or folder; default: the standard library.")
+    absl_flags.DEFINE_string("data", "stdlib", "Text: files, a directory, or stdlib.")
 
 
 def main() -> int:
