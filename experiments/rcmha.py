@@ -83,13 +83,12 @@ def freeze(name: str, model: TransformerXL) -> TransformerXL:
     """`frozen` with kernels that are the identity, so that no gradient reaches them."""
     if name != "frozen":
         return model
-    graph, state = nnx.split(model)
-    layers = state["layers"]
+    copied = jax.tree.map(lambda leaf: leaf, model)
     for which in "qkv":
-        kernel = layers[f"{which}_kernel"]
+        kernel, bias = (getattr(copied.layers, f"{which}_{part}") for part in ("kernel", "bias"))
         kernel[...] = jnp.zeros_like(kernel[...]).at[:, -1].set(1)
-        layers[f"{which}_bias"][...] = jnp.zeros_like(layers[f"{which}_bias"][...])
-    return nnx.merge(graph, state)
+        bias[...] = jnp.zeros_like(bias[...])
+    return copied
 
 
 def asked_loss(name: str, model: TransformerXL, batch: Repeated) -> Array:

@@ -123,7 +123,8 @@ def test_convolution(per_head):
     x, shape = normal(B, 8, H, D), (H, D) if per_head else (D,)
     kernel, bias = normal(3, *shape, seed=1), normal(*shape, seed=2)
     y, state = depthwise_causal_conv(x, kernel, bias)
-    rhs = jnp.broadcast_to(kernel, (3, H, D)).reshape(3, 1, H * D)
+    by_head = kernel if per_head else kernel[:, None]
+    rhs = jnp.broadcast_to(by_head, (3, H, D)).reshape(3, 1, H * D)
     wanted = jax.lax.conv_general_dilated(
         x.reshape(B, 8, H * D), rhs, (1,), [(2, 0)], feature_group_count=H * D,
         dimension_numbers=("NTC", "TIO", "NTC"), precision="highest",
