@@ -161,7 +161,7 @@ def init_state(
 def state_axes(options: RCMHAOptions | None = None) -> PyTree:
     """The logical axes of `init_state`."""
     kv = ("batch", "length", "act_kv_heads", None)
-    axes = {"k": kv, "v": kv}
+    axes: dict[str, tuple[str | None, ...]] = {"k": kv, "v": kv}
     if (options or RCMHAOptions()).use_conv:
         for name, heads in (("q", "act_heads"), ("k", "act_kv_heads"), ("v", "act_kv_heads")):
             axes[f"past_{name}"] = ("batch", None, heads, None)
