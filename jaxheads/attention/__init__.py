@@ -30,6 +30,14 @@ from jaxheads.attention.distributed import (
 )
 from jaxheads.attention.dmha import DMHA
 from jaxheads.attention.layouts import ring_schedule, shard_sequence, unshard_sequence
+from jaxheads.attention.low_rank_pool import (
+    Pooled,
+    attention_pool_flops,
+    attention_pool_params,
+    lengths_to_mask,
+    low_rank_attention_pool,
+    low_rank_attention_scores,
+)
 from jaxheads.attention.masks import MASK_VALUE, Mask
 from jaxheads.attention.merge import merge_partitions
 from jaxheads.attention.moh import (
@@ -93,6 +101,7 @@ __all__ = [
     "MoHOptions",
     "MoHOutput",
     "MoHStats",
+    "Pooled",
     "RCMHAOptions",
     "RelConvParams",
     "Request",
@@ -107,6 +116,8 @@ __all__ = [
     "attend",
     "attention",
     "attention_block",
+    "attention_pool_flops",
+    "attention_pool_params",
     "blocked_attention",
     "blockwise_attention",
     "dense_attention",
@@ -116,7 +127,10 @@ __all__ = [
     "finalize",
     "init_rel_conv",
     "inverse_frequencies",
+    "lengths_to_mask",
     "load_balance_loss",
+    "low_rank_attention_pool",
+    "low_rank_attention_scores",
     "mdha",
     "merge_partitions",
     "mha",
