@@ -54,6 +54,8 @@ STACK_SITES: Mapping[str, str] = {
     "mem_surprise": "B T H",
     "mem_out": "B T H D",
     "mem_norm": "B H",
+    "active": "B T H",
+    "gates": "B T H",
     "z": "B T H D",
     "head_out": "B T H M",
     "attn_out": "B T M",
@@ -84,7 +86,11 @@ MEMORY_SITES = frozenset(site for site in STACK_SITES if site.startswith("mem_")
 """Sites of layers with a neural memory: what it is given, the norm of each token's gradient
 (`mem_surprise`), what it reads out, and the norm of its weights after the last token."""
 
-MIXER_SITES = MEMORY_SITES | {
+GATE_SITES = frozenset({"active", "gates"})
+"""Sites of layers that route tokens to heads: which heads a token activates (1 or 0), and the
+factor on what each of them gives."""
+
+MIXER_SITES = MEMORY_SITES | GATE_SITES | {
     "q", "k", "v", "q_rot", "k_rot", "scores", "pattern", "lse", "attn_argmax", "z", "head_out",
 }  # fmt: skip
 """Sites of the part of a layer that mixes tokens: an architecture has some of them."""
@@ -153,6 +159,8 @@ class TapContext(NamedTuple):
     """[B,T]; 0 marks padding. None when the batch has a single unpadded segment."""
     slots: Array | None = None
     """[T] the cache slot of each query token. None without a cache: token t is column t."""
+    read: Mapping[str, Array] = {}
+    """The values, after all edits, of the sites that `Edit.reads` names."""
 
 
 EditFn = Callable[[Array, PyTree, TapContext], Array]
@@ -171,12 +179,14 @@ class Edit:
       payload: arrays. At a site in the stack every leaf leads with the layer axis [L, ...] and
         `fn` sees the slice of its layer, unless `layer` is given: then `fn` sees it whole.
       layer: the one layer (an integer, or an int32 scalar array) the edit acts on.
+      reads: sites that the same layer forms earlier and `fn` needs to see, in ``ctx.read``.
     """
 
     site: str = field(metadata={"static": True})
     fn: EditFn = field(metadata={"static": True})
     payload: PyTree = None
     layer: Any = None
+    reads: tuple[str, ...] = field(default=(), metadata={"static": True})
 
     def __post_init__(self):
         site, layer = resolve_site(self.site)
@@ -190,6 +200,14 @@ class Edit:
         object.__setattr__(self, "site", site)
         if layer is not None:
             object.__setattr__(self, "layer", layer)
+        reads = tuple(resolve_site(name)[0] for name in self.reads)
+        for other in reads:
+            if (other in OUTER_SITES) != (site in OUTER_SITES):
+                raise ValueError(
+                    f"the edit at {site!r} reads {other!r}; an edit inside the layers reads sites "
+                    "of its layer, one outside them the sites outside."
+                )
+        object.__setattr__(self, "reads", reads)
 
 
 @jax.tree_util.register_dataclass
@@ -273,11 +291,12 @@ class Taps:
     def check(self, sites: Iterable[str], num_layers: int, model: str) -> None:
         """Raise unless a model with these sites and layers can honour every edit and record."""
         sites = list(sites)
+        read = [site for edit in self.edits for site in edit.reads]
+        for site in (*(r.site for r in (*self.edits, *self.record)), *read):
+            if site not in sites:
+                raise ValueError(f"{model} has no site {site!r}. Sites of {model}: "
+                                 f"{', '.join(sites)}.")  # fmt: skip
         for request in (*self.edits, *self.record):
-            if request.site not in sites:
-                raise ValueError(
-                    f"{model} has no site {request.site!r}. Sites of {model}: {', '.join(sites)}."
-                )
             layer = request.layer
             if layer is None or is_traced(layer):
                 continue
@@ -321,19 +340,22 @@ class Tap:
 
     def __init__(self, taps: Taps = NO_TAPS, ctx: TapContext = TapContext()):  # noqa: B008
         self._taps = taps
+        self._read = {site for edit in taps.edits for site in edit.reads}
+        self._held: dict[str, Array] = {}
         self._reached: set[str] = set()
         self.ctx = ctx
         self.seen: dict[str, PyTree] = {}
 
     def wants(self, site: str) -> bool:
-        """Whether anybody edits or records `site`: costly sites are formed only then."""
-        return any(r.site == site for r in (*self._taps.edits, *self._taps.record))
+        """Whether anybody edits, reads or records `site`: costly sites are formed only then."""
+        asked = (*self._taps.edits, *self._taps.record)
+        return site in self._read or any(r.site == site for r in asked)
 
     def needs_whole(self, site: str) -> bool:
         """Whether an edit, or a record that is not a `Reduction` by row, needs the whole value."""
         reductions = [r.reduce for r in self._taps.record if r.site == site]
         by_row = all(isinstance(r, Reduction) and r.by_row for r in reductions)
-        return not by_row or any(e.site == site for e in self._taps.edits)
+        return not by_row or site in self._read or any(e.site == site for e in self._taps.edits)
 
     def by_row(self, site: str, compute: Callable[[Reduction], PyTree]) -> None:
         """Records of `site` from ``compute(reduction)``, where its value is never formed."""
@@ -347,12 +369,24 @@ class Tap:
         self._reached.add(site)
         for edit in self._taps.edits:
             if edit.site == site:
-                value = _apply(edit, value, self.ctx)
+                value = _apply(edit, value, self._context(edit))
         value = checkpoint_name(value, site)
+        if site in self._read:
+            self._held[site] = value
         for item in self._taps.record:
             if item.site == site:
                 self.seen[item.name] = value if item.reduce is None else item.reduce(value)
         return value
+
+    def _context(self, edit: Edit) -> TapContext:
+        """`ctx` with what the edit reads."""
+        missing = [site for site in edit.reads if site not in self._held]
+        if missing:
+            raise ValueError(
+                f"the edit at {edit.site!r} reads {missing[0]!r}, which is not formed before it in "
+                "this layer; read an earlier site."
+            )
+        return self.ctx._replace(read={site: self._held[site] for site in edit.reads})
 
     def inside(self, ctx: TapContext) -> Tap:
         """A tap for the body of a loop over parts of the tokens: its edits, and whole records.

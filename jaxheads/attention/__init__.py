@@ -32,6 +32,16 @@ from jaxheads.attention.dmha import DMHA
 from jaxheads.attention.layouts import ring_schedule, shard_sequence, unshard_sequence
 from jaxheads.attention.masks import MASK_VALUE, Mask
 from jaxheads.attention.merge import merge_partitions
+from jaxheads.attention.moh import (
+    MoHOutput,
+    MoHStats,
+    load_balance_loss,
+    moh_attention,
+    moh_combine,
+    moh_gates,
+    norm_router_gates,
+)
+from jaxheads.attention.moh_variant import MOH, MoHOptions
 from jaxheads.attention.rope import RopeConfig, alibi_slopes, inverse_frequencies, rotate
 from jaxheads.attention.s2 import (
     S2Cache,
@@ -46,6 +56,7 @@ from jaxheads.attention.softmax import SOFTMAX
 VARIANTS: Mapping[str, Variant] = {
     "dense": SOFTMAX,
     "dmha": DMHA,
+    "moh": MOH,
     "s2": S2,
 }
 """Every way for heads to attend that a decoder can be built with. A new one is a new file and a
@@ -62,6 +73,9 @@ __all__ = [
     "HeadsOut",
     "Implementation",
     "Mask",
+    "MoHOptions",
+    "MoHOutput",
+    "MoHStats",
     "Request",
     "RopeConfig",
     "S2Cache",
@@ -80,7 +94,12 @@ __all__ = [
     "distributed_attention",
     "finalize",
     "inverse_frequencies",
+    "load_balance_loss",
     "merge_partitions",
+    "moh_attention",
+    "moh_combine",
+    "moh_gates",
+    "norm_router_gates",
     "ring_schedule",
     "rotate",
     "s2_attention",

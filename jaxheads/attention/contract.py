@@ -30,7 +30,7 @@ class AttentionContext:
       bias: broadcastable to [B,H,T,S], added to the scaled and capped scores.
       sinks: [H] logits that join each softmax denominator.
       alibi_slopes: [H] penalty per slot of distance.
-      x: [B,T,M] the normed input of the layer, for routers and pooled agents.
+      x: [B,T,M] the normed input of the layer at the queries, for routers and pooled agents.
       layer: int32 scalar, the index of the layer.
       tap: applies edits and records; static, and alive only in the function body that made it.
       rotate: (x [B,T,H,D], positions) -> same shape; None when the model has no rotation.
@@ -71,9 +71,15 @@ class HeadsOut(NamedTuple):
     lse: Array | None
     """[B,H,T] float32: log of the softmax denominator; None where the kernel keeps it."""
     aux: dict[str, Array]
-    """Scalars to add to the loss or the metrics."""
+    """Scalars: losses, of which a model takes the mean over the layers that have them, and counts
+    (`is_count`), which it sums and nobody optimises."""
     state: PyTree = None
     """`AttentionContext.state` with the new tokens, where there was one."""
+
+
+def is_count(name: str) -> bool:
+    """Whether an entry of `HeadsOut.aux` counts something rather than being a loss."""
+    return name.startswith("num_")
 
 
 class Cost(NamedTuple):

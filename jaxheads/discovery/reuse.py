@@ -13,6 +13,7 @@ starts each edited run at l. Three identities save more, all exact:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -207,8 +208,8 @@ class _Job(NamedTuple):
     @property
     def each(self) -> Taps:
         """The forward's own edits, sender by sender."""
-        edits = [Edit(e.site, _Each(e.fn, self.count), e.payload, e.layer) for e in self.taps.edits]
-        return Taps(tuple(edits))
+        each = lambda e: dataclasses.replace(e, fn=_Each(e.fn, self.count))
+        return Taps(tuple(each(e) for e in self.taps.edits))
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -366,5 +367,7 @@ class _Each:
         batch = value.shape[0] // self.count
         own = lambda a: a[:batch] if a is not None and jnp.ndim(a) > 1 else a
         one = ctx._replace(positions=own(ctx.positions), segment_ids=own(ctx.segment_ids))
-        parts = value.reshape(self.count, batch, *value.shape[1:])
-        return jax.vmap(lambda v: self.fn(v, payload, one))(parts).reshape(value.shape)
+        cut = lambda a: a.reshape(self.count, batch, *a.shape[1:])
+        each = lambda v, read: self.fn(v, payload, one._replace(read=read))
+        parts = jax.tree.map(cut, (value, dict(ctx.read)))
+        return jax.vmap(each)(*parts).reshape(value.shape)

@@ -11,6 +11,7 @@ from jaxheads.interventions.attention_rows import (
     override_rows,
 )
 from jaxheads.interventions.mask_heads import mask_heads, random_heads
+from jaxheads.interventions.moh import to_moh
 from jaxheads.interventions.patch import patch
 from jaxheads.interventions.per_head import base_forward
 from jaxheads.interventions.prune import fold_pruned, prune_heads
@@ -39,4 +40,5 @@ __all__ = [
     "random_heads",
     "scale_heads",
     "steer",
+    "to_moh",
 ]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxheads import attention
 from jaxheads.attention.rope import inverse_frequencies, rotate
@@ -29,7 +30,7 @@ class Mixed(NamedTuple):
     state: PyTree
     """What the layer keeps for the next call; None without a cache."""
     aux: dict[str, Array]
-    """Scalars to add to the loss or the metrics."""
+    """As `HeadsOut.aux`."""
 
 
 def attend(
@@ -55,6 +56,9 @@ def attend(
       tap: applies edits and records.
     """
     cfg, dtype = run.cfg, x.dtype
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
+    plain = lambda leaf: leaf[...] if is_variable(leaf) else leaf
+    variant_params = jax.tree.map(plain, variant_params, is_leaf=is_variable)
     variant = attention.VARIANTS[spec.attention]
     head_axes = ("batch", "length", "act_heads", None)
     kv_axes = ("batch", "length", "act_kv_heads", None)
@@ -67,9 +71,8 @@ def attend(
         y = y if norm is None else normalize(norm, y, cfg)
         return tap(name, constrain(y, axes))
 
-    q = project(
-        "q", weights.wq, weights.bq, head_axes, weights.q_norm, run.at_reads(x)
-    )  # [B,T,H,D]
+    asking = run.at_reads(x)
+    q = project("q", weights.wq, weights.bq, head_axes, weights.q_norm, asking)  # [B,T,H,D]
     k = project("k", weights.wk, weights.bk, kv_axes, weights.k_norm)  # [B,T,K,D]
     v = project("v", weights.wv, weights.bv, kv_axes)  # [B,T,K,D]
     if cfg.scale_by_layer:
@@ -86,7 +89,7 @@ def attend(
         soft_cap=cfg.attn_soft_cap,
         sinks=None if weights.sinks is None else weights.sinks[...],
         alibi_slopes=_alibi_slopes(cfg),
-        x=x,
+        x=asking,
         layer=layer,
         options=in_order(spec.options, run.layout),
         implementation=cfg.implementation,

@@ -36,6 +36,7 @@ from jaxheads.models.run import Run
 from jaxheads.models.stack import RESIDUAL, Held, run_stack
 from jaxheads.parallel import constrain
 from jaxheads.taps import (
+    GATE_SITES,
     MEMORY_SITES,
     MIXER_SITES,
     NO_TAPS,
@@ -61,7 +62,8 @@ class Output(NamedTuple):
     hidden: Array | None = None
     """[B,T,M] `final_norm_out`: what `unembed` turns into logits."""
     aux: dict[str, Array] = {}  # noqa: RUF012 (never mutated)
-    """Auxiliary losses of attention variants, summed over layers."""
+    """Auxiliary losses of attention variants, each a mean over the layers that have it, and their
+    counts (``num_...``), summed over layers."""
 
 
 class Table(nnx.Module):
@@ -136,8 +138,13 @@ def _variant_params(cfg: ModelConfig, rngs: nnx.Rngs) -> list[PyTree]:
         keys = jax.random.split(rngs.params(), repeats)
         init = partial(_init_variant, cfg, spec)
         one = jax.eval_shape(init, keys[0])
-        stacks.append(None if one is None else jax.vmap(init)(keys))
+        stacks.append(None if one is None else nnx.data(jax.tree.map(_whole, jax.vmap(init)(keys))))
     return stacks
+
+
+def _whole(stack: Array) -> nnx.Param:
+    """A variant's parameter [R, ...], on every device whole."""
+    return nnx.Param(stack, axes=("layers", *(None,) * (stack.ndim - 1)))
 
 
 def _init_variant(cfg: ModelConfig, spec: LayerSpec, key: Array) -> PyTree:
@@ -173,6 +180,8 @@ def sites(cfg: ModelConfig) -> tuple[str, ...]:
         missing |= {"final_norm_scale"}
     own = ARCHITECTURES[cfg.mixer.name].sites
     missing |= MEMORY_SITES if own is None else MIXER_SITES - own
+    offered = (attention.VARIANTS[spec.attention].supports.taps for spec in cfg.pattern)
+    missing |= GATE_SITES.difference(*offered)
     return tuple(s for s in SITES if s not in missing)
 
 

@@ -172,6 +172,26 @@ def titans_760m(variant: str) -> ModelConfig:
     )
 
 
+def moh_lm(size: str) -> ModelConfig:
+    """Language models with mixture-of-head attention (arXiv:2410.11842): S 186M, B 882M.
+
+    A quarter of the heads is shared and half of them routed to, so that 75 % are active. The
+    vocabulary is chosen to give the published totals.
+    """
+    layers, width, mlp, heads = {"s": (12, 768, 2048, 12), "b": (24, 1536, 4096, 16)}[size]
+    return ModelConfig(
+        family="jaxheads",
+        attention="moh",
+        vocab_size=65536,
+        num_layers=layers,
+        model_dim=width,
+        num_heads=heads,
+        mlp_dim=mlp,
+        max_positions=2048,
+        tie_embeddings=False,
+    )
+
+
 _LLAMA_3_1_ROPE = RopeConfig(
     theta=500000.0,
     scaling="llama3",
@@ -191,6 +211,8 @@ PRESETS: Mapping[str, Callable[[], ModelConfig]] = {
     "llama3.1-70b": llama3_1_70b,
     "qwen3-8b": qwen3_8b,
     "gemma3-27b": gemma3_27b,
+    "moh-lm-s": partial(moh_lm, "s"),
+    "moh-lm-b": partial(moh_lm, "b"),
     "titans-lmm-760m": partial(titans_760m, "lmm"),
     "titans-mac-760m": partial(titans_760m, "mac"),
     "titans-mag-760m": partial(titans_760m, "mag"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxheads.attention.contract import is_count
 from jaxheads.models.architectures import ARCHITECTURES, own_state
 from jaxheads.models.attend import Mixed
 from jaxheads.models.configs import LayerSpec, ModelConfig, parse_remat
@@ -63,7 +64,7 @@ class Stacked(NamedTuple):
     seen: dict[str, PyTree]
     """Recorded values; leaves lead with the layers run."""
     aux: dict[str, Array]
-    """Auxiliary losses, summed over layers."""
+    """Losses, each a mean over the layers that have it; counts (`is_count`), summed."""
 
 
 def run_stack(
@@ -106,6 +107,7 @@ def run_stack(
             pattern[place], run, taps, x, state, block, variant_params, payloads, layer
         )
         held = None if held is None else held.with_layer(cfg, place, layer, state)
+        aux = {name: jnp.stack([value, jnp.ones_like(value)]) for name, value in aux.items()}
         return (x, held), (seen, aux)
 
     def places(num_places: int):
@@ -141,6 +143,7 @@ def run_stack(
             index = item.layer - start
             seen[item.name] = jax.tree.map(lambda a, n=index: a[n], seen[item.name])
     x, held = carry
+    aux = {name: a[0] if is_count(name) else a[0] / a[1] for name, a in aux.items()}
     return Stacked(x, held, seen, aux)
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxheads.attention.contract import is_count
 from jaxheads.models import Decoder
 from jaxheads.parallel import constrain, ways
 from jaxheads.taps import TappedForward
@@ -377,7 +378,8 @@ def loss_sums(
         positions=batch.get("positions"),
         segment_ids=batch.get("segment_ids"),
     )
-    aux = sum(out.aux.values(), start=jnp.zeros((), jnp.float32))
+    losses = (value for name, value in out.aux.items() if not is_count(name))
+    aux = sum(losses, start=jnp.zeros((), jnp.float32))
     targets, weights = batch["targets"], batch.get("weights")
     if out.hidden is None or _edits_logits(forward):
         return cross_entropy(out.logits, targets, weights, z_loss=cfg.z_loss), aux
