@@ -38,6 +38,7 @@ PAPERS: Mapping[str, str] = {
     "lab": "the shipped models",
     "long_context_helps": "Distributed multi-head attention, arXiv:2302.06218",
     "mixers": "Distributed multi-head attention, arXiv:2302.06218",
+    "moh": "MoH, arXiv:2410.11842",
     "ph3": "PH3, arXiv:2402.18154",
     "recall_mechanisms": "Mechanisms of factual recall, arXiv:2310.15910",
     "retrieval_heads": "Retrieval heads, arXiv:2404.15574",
