@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -180,11 +180,16 @@ def cca_effective_attention(
     keys = jnp.concatenate([by_head(cores.k), by_head(k)], axis=1)
     scores = scale * jnp.einsum("bthd,bshd->bhts", q, keys, preferred_element_type=jnp.float32)
     num_cores = weights.shape[1]
-    masks = (
-        core_mask(options, cores, length, where).materialize(length, num_cores),
-        exact_mask(options, where, where, length, length).materialize(length, length),
+    visible = jnp.concatenate(
+        [
+            jnp.broadcast_to(cast(Array, mask.materialize(length, n)), (batch, 1, length, n))
+            for mask, n in (
+                (core_mask(options, cores, length, where), num_cores),
+                (exact_mask(options, where, where, length, length), length),
+            )
+        ],
+        axis=-1,
     )
-    visible = jnp.concatenate([jnp.broadcast_to(m, (batch, 1, *m.shape[2:])) for m in masks], -1)
     probs = jax.nn.softmax(jnp.where(visible, scores, MASK_VALUE), axis=-1) * visible
     weights = by_head(weights)
     spread = weights[..., None] * jax.nn.one_hot(tokens, length)[:, :, None]  # [B,m,H,g,L]

@@ -10,6 +10,7 @@ device and layer, for n devices along the sequence:
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def cca_over_mesh(
     """
     ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
     where = places(ids, options.group_size)
-    context = axes.seq
+    context = cast(str | None, axes.seq)
 
     def local(q: Array, k: Array, v: Array, where: Places) -> tuple[Array, Array]:
         mine = where
@@ -82,7 +83,8 @@ def cca_over_mesh(
         return attend_parts(q, k, v, [cores], options, scale, mine, where)
 
     batch, heads = axes.data, axes.heads
-    arrays, tokens = jax.P(batch, context, heads, None), jax.P(batch, context)
+    arrays = jax.P(batch, context, heads, None)
+    tokens: Any = jax.P(batch, context)
     return jax.shard_map(
         local,
         in_specs=(arrays, arrays, arrays, Places(tokens, tokens, tokens)),

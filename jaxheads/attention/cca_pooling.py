@@ -131,7 +131,13 @@ def places(segment_ids: Array, group_size: int, offset: Array | None = None) -> 
 
 
 def pool(
-    q: Array, k: Array, v: Array, number: Array, options: CCAOptions, scale: float
+    q: Array,
+    k: Array,
+    v: Array,
+    number: Array,
+    options: CCAOptions,
+    scale: float,
+    rotate: Rotate | None,
 ) -> tuple[Array, Array, Array]:
     """Pools whole groups.
 
@@ -141,12 +147,14 @@ def pool(
       number: [m] or [B,m], counting a document's groups from 0.
       options: which weights.
       scale: factor on q.k.
+      rotate: (x, positions) -> x, for ``rope="group_end"``.
     Returns:
       KG [B,m,C,D], VG [B,m,C,W], weights [B,m,C,g] float32.
     """
     batch, num_groups, num_heads, head_dim = q.shape
     size, num_kv_heads = k.shape[2:4]
-    grouped = q.reshape(batch, num_groups, num_kv_heads, -1, head_dim)  # [B,m,K,G,D]
+    shared = num_heads // num_kv_heads
+    grouped = q.reshape(batch, num_groups, num_kv_heads, shared, head_dim)  # [B,m,K,G,D]
     shape = (*grouped.shape[:4], size)
     if options.pool_func in ("cca", "max"):
         scores = jnp.einsum("bikgd,biukd->bikgu", grouped, k, preferred_element_type=jnp.float32)
@@ -165,23 +173,27 @@ def pool(
         chosen = jax.nn.one_hot(member, size)
         weights = jnp.broadcast_to(jnp.expand_dims(chosen, (-3, -2)), shape)
     weights = weights.astype(jnp.float32)
+    if options.rope == "group_end":  # the weights are those of the rotated keys
+        k = _advance(k, rotate)
     if options.gqa_pool == "mean":
         weights = weights.mean(axis=3)  # [B,m,K,g]
     else:
         weights = weights.reshape(batch, num_groups, num_heads, size)
-        k, v = (jnp.repeat(x, num_heads // num_kv_heads, axis=3) for x in (k, v))
+        k, v = (jnp.repeat(x, shared, axis=3) for x in (k, v))
     sum_up = lambda x: jnp.einsum(
         "bicu,biucd->bicd", weights, x, preferred_element_type=jnp.float32
     ).astype(x.dtype)
     return sum_up(k), sum_up(v), weights
 
 
-def advance(k: Array, rotate: Rotate) -> Array:
+def _advance(k: Array, rotate: Rotate | None) -> Array:
     """Rotated keys [B,m,g,K,D] turned on to the position of their group's last member."""
+    if rotate is None:
+        raise ValueError("cca: rope='group_end' needs rotary positions; use rope='rotated'.")
     batch, num_groups, size = k.shape[:3]
     ahead = jnp.tile(jnp.arange(size - 1, -1, -1), num_groups)
     unit = rotate(jnp.ones((1, 1, 1, k.shape[-1])), jnp.zeros(1, jnp.int32))  # its scaling
-    turned = rotate(k.reshape(batch, -1, *k.shape[3:]), ahead) / unit
+    turned = rotate(k.reshape(batch, num_groups * size, *k.shape[3:]), ahead) / unit
     return turned.reshape(k.shape).astype(k.dtype)
 
 
@@ -192,11 +204,8 @@ def pool_row(
     size = options.group_size
     count = k.shape[1] // size
     cut = lambda x: x[:, : count * size].reshape(x.shape[0], count, size, *x.shape[2:])
-    keys = cut(k)
-    if options.rope == "group_end":
-        keys = advance(keys, _required(rotate))
-    number = jnp.arange(count)
-    kg, vg, weights = pool(cut(q)[:, :, -1], keys, cut(v), number, options, scale)
+    last, number = cut(q)[:, :, -1], jnp.arange(count)
+    kg, vg, weights = pool(last, cut(k), cut(v), number, options, scale, rotate)
     return Cores(kg, vg, None, None), weights
 
 
@@ -246,20 +255,8 @@ def pool_found(
     at = lambda x, n: x[rows, jnp.clip(n, 0, x.shape[1] - 1)]
     members = lambda x: x[rows[..., None], jnp.clip(tokens, 0, length - 1)]
     number = (first - at(where.begin, first)) // size
-    keys = members(k)
-    if options.rope == "group_end":
-        keys = advance(keys, _required(rotate))
     last = at(q, tokens[..., -1] - before)
-    kg, vg, weights = pool(last, keys, members(v), number, options, scale)
+    kg, vg, weights = pool(last, members(k), members(v), number, options, scale, rotate)
     index = jnp.where(exists, at(where.index, first) // size, NOWHERE)
     run = jnp.where(exists, at(where.run, first), 0)
     return Pooled(Cores(kg, vg, index, run), weights, tokens, number)
-
-
-def _required(rotate: Rotate | None) -> Rotate:
-    if rotate is None:
-        raise ValueError(
-            "cca: rope='group_end' turns keys to the position of their group's end and needs rotary"
-            " positions; pass positions (and rotate), or rope='rotated'."
-        )
-    return rotate
