@@ -7,7 +7,6 @@ Every stage is a named tap (`jaxheads.taps`).
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
@@ -150,7 +149,7 @@ def with_config(model: Decoder, **changes: Any) -> Decoder:
     Raises:
       ValueError: for attention variants with parameters of their own, which the model has not.
     """
-    new = copy.copy(model)
+    new = jax.tree.map(lambda leaf: leaf, model)  # of this trace, where NNX allows to set fields
     new.cfg = dataclasses.replace(model.cfg, **changes)
     kinds = lambda cfg: [(spec.attention, spec.options) for spec in cfg.pattern]
     if kinds(new.cfg) != kinds(model.cfg):
