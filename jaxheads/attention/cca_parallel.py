@@ -63,8 +63,11 @@ def cca_over_mesh(
     Returns:
       z [B,T,H,W] and lse [B,H,T].
     """
-    ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-    where = places(ids, options.group_size)
+    if segment_ids is None:
+        token = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
+        where = Places(token, jnp.ones_like(token), jnp.zeros_like(token))
+    else:
+        where = places(segment_ids, options.group_size)
     context = cast(str | None, axes.seq)
 
     def local(q: Array, k: Array, v: Array, where: Places) -> tuple[Array, Array]:
