@@ -10,6 +10,7 @@ device and layer, for n devices along the sequence:
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -73,9 +74,8 @@ def cca_over_mesh(
     def local(q: Array, k: Array, v: Array, where: Places) -> tuple[Array, Array]:
         mine = where
         if context is not None:
-            k, v, where = jax.tree.map(
-                lambda x: with_halo(x, options.reach - 1, context), (k, v, where)
-            )
+            extend = partial(with_halo, size=options.reach - 1, axis_name=context)
+            k, v, where = jax.tree.map(extend, (k, v, where))
             # `begin` is counted along the row, tokens along this device's part of it.
             start = jax.lax.axis_index(context) * q.shape[1] - (k.shape[1] - q.shape[1])
             where = where._replace(begin=where.begin - start)
