@@ -11,6 +11,15 @@ from jaxheads.attention.api import (
     select_implementation,
 )
 from jaxheads.attention.blocked import blocked_attention
+from jaxheads.attention.cca import (
+    CCACache,
+    CCAOptions,
+    cca_attention,
+    cca_costs,
+    cca_effective_attention,
+    core_tokens,
+)
+from jaxheads.attention.cca_variant import CCA
 from jaxheads.attention.contract import (
     AttentionContext,
     Cost,
@@ -54,6 +63,7 @@ from jaxheads.attention.s2_variant import S2, S2Options, dense_every
 from jaxheads.attention.softmax import SOFTMAX
 
 VARIANTS: Mapping[str, Variant] = {
+    "cca": CCA,
     "dense": SOFTMAX,
     "dmha": DMHA,
     "moh": MOH,
@@ -69,6 +79,8 @@ __all__ = [
     "AttentionContext",
     "AttentionOutput",
     "AxisNames",
+    "CCACache",
+    "CCAOptions",
     "Cost",
     "HeadsOut",
     "Implementation",
@@ -89,6 +101,10 @@ __all__ = [
     "attention_block",
     "blocked_attention",
     "blockwise_attention",
+    "cca_attention",
+    "cca_costs",
+    "cca_effective_attention",
+    "core_tokens",
     "dense_attention",
     "dense_every",
     "distributed_attention",

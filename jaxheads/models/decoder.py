@@ -7,7 +7,6 @@ Every stage is a named tap (`jaxheads.taps`).
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
@@ -152,9 +151,22 @@ def _init_variant(cfg: ModelConfig, spec: LayerSpec, key: Array) -> PyTree:
 
 
 def with_config(model: Decoder, **changes: Any) -> Decoder:
-    """The same parameters under a changed configuration (``remat="full"``, an implementation)."""
-    new = copy.copy(model)
+    """The same parameters under a changed configuration (``remat="full"``, ``attention="cca"``).
+
+    Raises:
+      ValueError: for attention variants with parameters of their own, which the model has not.
+    """
+    new = jax.tree.map(lambda leaf: leaf, model)  # of this trace, where NNX allows to set fields
     new.cfg = dataclasses.replace(model.cfg, **changes)
+    kinds = lambda cfg: [(spec.attention, spec.options) for spec in cfg.pattern]
+    if kinds(new.cfg) != kinds(model.cfg):
+        shapes = jax.eval_shape(lambda: _variant_params(new.cfg, nnx.Rngs(0)))
+        if any(stack is not None for stack in shapes):
+            raise ValueError(
+                f"attention={new.cfg.attention!r} has parameters of its own and the model was built"
+                f" with attention={model.cfg.attention!r}; build a Decoder and copy the weights."
+            )
+        new.variants = nnx.List(shapes)
     return new
 
 
