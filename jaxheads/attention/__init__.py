@@ -30,6 +30,15 @@ from jaxheads.attention.distributed import (
 )
 from jaxheads.attention.dmha import DMHA
 from jaxheads.attention.layouts import ring_schedule, shard_sequence, unshard_sequence
+from jaxheads.attention.longheads import (
+    LongHeadsCache,
+    LongHeadsInfo,
+    LongHeadsOptions,
+    chunk_representations,
+    longheads_attention,
+    select_chunks,
+)
+from jaxheads.attention.longheads_variant import LONGHEADS
 from jaxheads.attention.masks import MASK_VALUE, Mask
 from jaxheads.attention.merge import merge_partitions
 from jaxheads.attention.rope import RopeConfig, alibi_slopes, inverse_frequencies, rotate
@@ -46,6 +55,7 @@ from jaxheads.attention.softmax import SOFTMAX
 VARIANTS: Mapping[str, Variant] = {
     "dense": SOFTMAX,
     "dmha": DMHA,
+    "longheads": LONGHEADS,
     "s2": S2,
 }
 """Every way for heads to attend that a decoder can be built with. A new one is a new file and a
@@ -61,6 +71,9 @@ __all__ = [
     "Cost",
     "HeadsOut",
     "Implementation",
+    "LongHeadsCache",
+    "LongHeadsInfo",
+    "LongHeadsOptions",
     "Mask",
     "Request",
     "RopeConfig",
@@ -75,17 +88,20 @@ __all__ = [
     "attention_block",
     "blocked_attention",
     "blockwise_attention",
+    "chunk_representations",
     "dense_attention",
     "dense_every",
     "distributed_attention",
     "finalize",
     "inverse_frequencies",
+    "longheads_attention",
     "merge_partitions",
     "ring_schedule",
     "rotate",
     "s2_attention",
     "s2_context_parallel",
     "s2_decode",
+    "select_chunks",
     "select_implementation",
     "shard_sequence",
     "unshard_sequence",
