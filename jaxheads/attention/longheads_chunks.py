@@ -1,8 +1,8 @@
 """The parts of LongHeads: what a chunk is like, which chunks a query reads, attention over them.
 
-Keys are held rotated by their place in their chunk. A query of chunk c at offset r reads n_t chunks,
-the chunk of rank j as if it began at position j w; rotations being relative, its scores with them are
-those of the query rotated to
+Keys are held rotated by their place in their chunk. A query of chunk c at offset r reads n_t
+chunks, the one of rank j as if it began at position j w. Rotations being relative, its scores with
+them are those of the query rotated to
 
     (n_t - 1 - j) w + r
 

@@ -10,6 +10,7 @@ from jaxheads.interventions.attention_rows import (
     override_pattern,
     override_rows,
 )
+from jaxheads.interventions.longheads import chunks_read, with_longheads
 from jaxheads.interventions.mask_heads import mask_heads, random_heads
 from jaxheads.interventions.patch import patch
 from jaxheads.interventions.per_head import base_forward
@@ -24,6 +25,7 @@ __all__ = [
     "ablate",
     "base_forward",
     "bias_scores",
+    "chunks_read",
     "fold_pruned",
     "keep_subspace",
     "knock_out",
@@ -39,4 +41,5 @@ __all__ = [
     "random_heads",
     "scale_heads",
     "steer",
+    "with_longheads",
 ]

@@ -145,9 +145,20 @@ def _init_variant(cfg: ModelConfig, spec: LayerSpec, key: Array) -> PyTree:
 
 
 def with_config(model: Decoder, **changes: Any) -> Decoder:
-    """The same parameters under a changed configuration (``remat="full"``, an implementation)."""
+    """The same parameters under a changed configuration (``remat="full"``, an implementation).
+
+    Layers may attend in another way, in any pattern, while no variant has parameters of its own.
+    """
     new = copy.copy(model)
     new.cfg = dataclasses.replace(model.cfg, **changes)
+    if len(new.cfg.pattern) != len(model.variants):
+        if jax.tree.leaves(model.variants):
+            raise ValueError(
+                f"attention={new.cfg.attention!r} repeats after {len(new.cfg.pattern)} layers and "
+                f"{model.cfg.attention!r} after {len(model.variants)}; variants with parameters "
+                "stay where they are."
+            )
+        new.variants = nnx.List([None] * len(new.cfg.pattern))
     return new
 
 
