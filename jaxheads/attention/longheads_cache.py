@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,13 +41,8 @@ class Slots(NamedTuple):
     """[B] int32, tokens held."""
 
 
-SLOT_AXES = Slots(
-    ("batch", None, "act_kv_heads", None),
-    ("batch", None, "act_kv_heads", None),
-    ("batch", None, "act_heads", None),
-    ("batch", None, "act_heads", None),
-    ("batch",),
-)
+_KV, _HEADS = ("batch", None, "act_kv_heads", None), ("batch", None, "act_heads", None)
+SLOT_AXES: Any = Slots(*cast(Any, (_KV, _KV, _HEADS, _HEADS, ("batch",))))
 """The logical axes of every array of `Slots`."""
 
 
@@ -151,7 +146,7 @@ def _complete(slots, q, k, v, count, rotate, options, scale) -> Slots:
         part = [region(cut(old, running * chunk), new)[:, :held]
                 for old, new in ((slots.k, k), (slots.v, v))]  # fmt: skip
         turned = rotate_at(rotate, queries[:, :held], place)
-        new = represent(turned, *part, chunk, None, options, scale)
+        new = represent(turned, part[0], part[1], chunk, None, options, scale)
         index = running[:, None] + jnp.arange(done.shape[1])
         index = jnp.where(done, index, reps.shape[1])
         return jax.vmap(lambda x, i, y: x.at[i].set(y, mode="drop"))(reps, index, new)

@@ -126,7 +126,9 @@ def _chunks_read(forward: TappedForward, model: Decoder, tokens: Array) -> Array
     (spec,) = set(cfg.pattern)
     options, rope = spec.options, cast(RopeConfig, cfg.rope_of(spec))
     inv_freq, scaling = inverse_frequencies(rope, cfg.head_dim, length=tokens.shape[1])
-    turn = partial(rotate, inv_freq=inv_freq, interleaved=rope.interleaved, scaling=scaling)
+    turn = partial(
+        rotate, inv_freq=jnp.asarray(inv_freq), interleaved=rope.interleaved, scaling=scaling
+    )
     seen = forward(model, tokens).seen
 
     def of_layer(qkv: tuple[Array, Array, Array]) -> Array:
