@@ -143,10 +143,10 @@ def _complete(slots, q, k, v, count, rotate, options, scale) -> Slots:
     def add(reps: Array) -> Array:
         held = size - chunk
         place = jnp.arange(held) % chunk
-        part = [region(cut(old, running * chunk), new)[:, :held]
-                for old, new in ((slots.k, k), (slots.v, v))]  # fmt: skip
+        part = lambda old, new: region(cut(old, running * chunk), new)[:, :held]
         turned = rotate_at(rotate, queries[:, :held], place)
-        new = represent(turned, part[0], part[1], chunk, None, options, scale)
+        keys, values = part(slots.k, k), part(slots.v, v)
+        new = represent(turned, keys, values, chunk, None, options, scale)
         index = running[:, None] + jnp.arange(done.shape[1])
         index = jnp.where(done, index, reps.shape[1])
         return jax.vmap(lambda x, i, y: x.at[i].set(y, mode="drop"))(reps, index, new)

@@ -91,6 +91,7 @@ def _reason_not(q: Array, k: Array, ctx: AttentionContext) -> str | None:
         "ALiBi": ctx.alibi_slopes is not None,
         "no causality": not mask.is_causal,
         "rotated keys": ctx.k_is_rotated,
+        f"implementation={ctx.implementation!r}": ctx.implementation != "auto",
         "queries of some tokens only": ctx.state is None
         and (mask.q_index is not None or mask.k_index is not None or q.shape[1] != k.shape[1]),
     }

@@ -289,6 +289,7 @@ def test_generation_and_single_layers(models):
     np.testing.assert_array_equal(one, mixed)
 
 
+@pytest.mark.slow
 def test_gradients_agree(case):
     (q, k, v), _ = case
     loss = lambda impl: jax.jit(jax.grad(lambda *a: (longheads(*a, impl=impl)[0] ** 2).sum(),
@@ -355,3 +356,5 @@ def test_bad_input(models):
         cache.decode_step(q, k, v, turn)
     with pytest.raises(NotImplementedError, match="cannot honour a soft cap"):
         forward(with_config(models[1], attn_soft_cap=5.0), TOKENS)
+    with pytest.raises(NotImplementedError, match="cannot honour implementation='dense'"):
+        forward(with_config(models[1], implementation="dense"), TOKENS)
