@@ -281,15 +281,18 @@ def passkeys(checkpoint: str, lengths: Sequence[int], trials: int, seed: int) ->
         told = make_passkeys(tokenizer, trials, length=length, seed=seed)
         row: dict[str, Any] = {"tokens": length}
         for arm in ("longheads", "full"):
+            long = with_config(model, attention=kinds[arm])
             right = []
-            for one in told:
+            for one in told:  # padded, so that all are one program
+                size = len(one.tokens)
                 with jax.set_mesh(mesh):
                     out = jh.generate(
-                        with_config(model, attention=kinds[arm]),
-                        [one.tokens],
+                        long,
+                        np.pad(one.tokens, (length - size, 0))[None],
+                        lengths=np.array([size]),
                         max_new_tokens=len(one.answer),
                     )
-                right.append(np.array_equal(out[0, len(one.tokens) :], one.answer))
+                right.append(np.array_equal(out[0, length:], one.answer))
             row[arm] = float(np.mean(right))
         print(row, flush=True)
         rows.append(row)
