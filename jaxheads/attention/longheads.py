@@ -200,7 +200,8 @@ def longheads_attention(
       >>> from jaxheads.attention import rotate
       >>> turn = partial(rotate, inv_freq=jnp.ones(4), interleaved=False)
       >>> q = k = v = jnp.ones((1, 64, 2, 8))
-      >>> y, info = longheads_attention(q, k, v, turn, chunk_size=4, window=16)
+      >>> run = jax.jit(partial(longheads_attention, rotate=turn, chunk_size=4, window=16))
+      >>> y, info = run(q, k, v)
       >>> y.shape, int(info.max_position)
       ((1, 64, 2, 8), 15)
     """
