@@ -13,7 +13,7 @@ models, trained on texts of up to 240 tokens (T0), are asked for one of four cod
     B5  FLOPs of a step do not grow with the text but by the scores of its chunks; prefill is linear
     B6  chunk vectors of the paper find at least as much as mean keys
 
-    python -m experiments.longheads                                   # minutes on one core
+    python -m experiments.longheads                          # about five minutes on one core
     python -m experiments.longheads --checkpoint=/ckpt/Llama-2-7b-hf --task=passkey \\
         --window=2048 --chunk=256 --lengths=4k,8k,16k,32k,64k,128k --trials=50 --mesh=model:8
 
@@ -48,8 +48,9 @@ from launch import flags
 TRAINED = 240
 """T0: the longest needle texts of the lab models' training."""
 TIMES = (1, 2, 4, 8, 16)
-TEXTS = {1: 32, 2: 16, 4: 16, 8: 8, 16: 8}
+TEXTS = {1: 16, 2: 16, 4: 8, 8: 8, 16: 4}
 """Texts at each multiple of T0; each is asked for all its codes."""
+AT_ONCE = 4  # texts; divides all of TEXTS
 READ_AT = 4  # the multiple of T0 at which B3 and B4 look at the chunks
 PAPER = (2048, 256)  # window and chunk at which B5 counts FLOPs; nothing of that size is run
 LOSS_TOKENS = 128  # at the end of the text
@@ -115,13 +116,12 @@ def needle_texts(
     return Texts(*(np.array(column, np.int32) for column in zip(*rows, strict=True)))
 
 
-@functools.partial(jax.jit, static_argnames="num_slots")
-def _read(model: jh.Decoder, hay: jax.Array, num_slots: int) -> tuple[Any, jax.Array]:
-    """The cache of texts [N,T], and the loss of their last tokens."""
-    cache = jh.init_cache(model.cfg, hay.shape[0], num_slots)
-    out = jh.forward(model, hay, cache=cache)
+@jax.jit
+def _read(model: jh.Decoder, cache: Any, piece: jax.Array, ids: jax.Array) -> tuple[Any, jax.Array]:
+    """The cache with a piece [N,P] of each text, and the loss of its last tokens."""
+    out = jh.forward(model, piece, segment_ids=ids, cache=cache)
     log_probs = jax.nn.log_softmax(out.logits[:, -LOSS_TOKENS - 1 : -1])
-    said = hay[:, -LOSS_TOKENS:, None]
+    said = piece[:, -LOSS_TOKENS:, None]
     return out.cache, -jnp.take_along_axis(log_probs, said, axis=-1).mean()
 
 
@@ -135,14 +135,23 @@ def _ask(model: jh.Decoder, cache: Any, questions: jax.Array) -> jax.Array:
     return jax.lax.map(ask, jnp.swapaxes(questions, 0, 1)).T
 
 
-def retrieve(model: jh.Decoder, texts: Texts, num_at_once: int = 4) -> tuple[float, float]:
-    """(share of right answers, loss at the end of the texts)."""
-    num_slots = texts.hay.shape[1] + texts.questions.shape[-1]
+def retrieve(model: jh.Decoder, texts: Texts) -> tuple[float, float]:
+    """(share of right answers, loss at the end of the texts).
+
+    Texts are padded in front and read a piece at a time, so that all lengths are one program.
+    """
     right, losses = [], []
-    for start in range(0, len(texts.hay), num_at_once):
-        part = Texts(*(x[start : start + num_at_once] for x in texts))
-        cache, loss = _read(model, part.hay, num_slots)
-        right.append(np.asarray(_ask(model, cache, part.questions)) == part.answers)
+    more = -texts.hay.shape[1] % TRAINED
+    hay = np.pad(texts.hay, ((0, 0), (more, 0)))
+    ids = np.pad(np.ones_like(texts.hay), ((0, 0), (more, 0)))
+    num_slots = TIMES[-1] * TRAINED + texts.questions.shape[-1]
+    for start in range(0, len(hay), AT_ONCE):
+        rows, loss = slice(start, start + AT_ONCE), 0.0
+        cache = jh.init_cache(model.cfg, AT_ONCE, num_slots)
+        for piece in np.split(np.arange(hay.shape[1]), hay.shape[1] // TRAINED):
+            cache, loss = _read(model, cache, hay[rows, piece], ids[rows, piece])
+        said = _ask(model, cache, texts.questions[rows])
+        right.append(np.asarray(said) == texts.answers[rows])
         losses.append(float(loss))
     return float(np.mean(right)), float(np.mean(losses))
 
@@ -213,12 +222,12 @@ def study(name: str, seed: int, quick: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"model": name}
     kinds = arms(given.window, given.chunk)
     for times in TIMES[:2] if quick else TIMES:
-        count = 4 if quick else TEXTS[times]
+        count = AT_ONCE if quick else TEXTS[times]
         texts = needle_texts(tokenizer, count, times * TRAINED, given.needles, seed)
         for arm, attention in kinds.items():
             found[f"{arm} {times}"] = retrieve(with_config(model, attention=attention), texts)
         print(name, times, {arm: found[f"{arm} {times}"] for arm in kinds}, flush=True)
-    count = 2 if quick else 16
+    count = 2 if quick else 8
     texts = needle_texts(tokenizer, count, READ_AT * TRAINED, given.needles, seed + 1000)
     long = with_config(model, attention=kinds["longheads"])
     return found | {"reading": reading(long, texts)}
