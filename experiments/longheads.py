@@ -13,7 +13,7 @@ models, trained on texts of up to 240 tokens (T0), are asked for one of four cod
     B5  FLOPs of a step do not grow with the text but by the scores of its chunks; prefill is linear
     B6  chunk vectors of the paper find at least as much as mean keys
 
-    python -m experiments.longheads                          # about five minutes on one core
+    python -m experiments.longheads                                   # minutes on one core
     python -m experiments.longheads --checkpoint=/ckpt/Llama-2-7b-hf --task=passkey \\
         --window=2048 --chunk=256 --lengths=4k,8k,16k,32k,64k,128k --trials=50 --mesh=model:8
 
