@@ -48,7 +48,7 @@ from launch import flags
 TRAINED = 240
 """T0: the longest needle texts of the lab models' training."""
 TIMES = (1, 2, 4, 8, 16)
-TEXTS = {1: 16, 2: 16, 4: 8, 8: 8, 16: 4}
+TEXTS = {1: 16, 2: 8, 4: 8, 8: 4, 16: 4}
 """Texts at each multiple of T0; each is asked for all its codes."""
 AT_ONCE = 4  # texts; divides all of TEXTS
 READ_AT = 4  # the multiple of T0 at which B3 and B4 look at the chunks
