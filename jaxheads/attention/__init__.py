@@ -39,6 +39,15 @@ from jaxheads.attention.distributed import (
 )
 from jaxheads.attention.dmha import DMHA
 from jaxheads.attention.layouts import ring_schedule, shard_sequence, unshard_sequence
+from jaxheads.attention.longheads import (
+    LongHeadsCache,
+    LongHeadsInfo,
+    LongHeadsOptions,
+    chunk_representations,
+    longheads_attention,
+    select_chunks,
+)
+from jaxheads.attention.longheads_variant import LONGHEADS
 from jaxheads.attention.masks import MASK_VALUE, Mask
 from jaxheads.attention.merge import merge_partitions
 from jaxheads.attention.moh import (
@@ -67,6 +76,7 @@ VARIANTS: Mapping[str, Variant] = {
     "dense": SOFTMAX,
     "dmha": DMHA,
     "moh": MOH,
+    "longheads": LONGHEADS,
     "s2": S2,
 }
 """Every way for heads to attend that a decoder can be built with. A new one is a new file and a
@@ -84,6 +94,9 @@ __all__ = [
     "Cost",
     "HeadsOut",
     "Implementation",
+    "LongHeadsCache",
+    "LongHeadsInfo",
+    "LongHeadsOptions",
     "Mask",
     "MoHOptions",
     "MoHOutput",
@@ -104,6 +117,7 @@ __all__ = [
     "cca_attention",
     "cca_costs",
     "cca_effective_attention",
+    "chunk_representations",
     "core_tokens",
     "dense_attention",
     "dense_every",
@@ -111,6 +125,7 @@ __all__ = [
     "finalize",
     "inverse_frequencies",
     "load_balance_loss",
+    "longheads_attention",
     "merge_partitions",
     "moh_attention",
     "moh_combine",
@@ -121,6 +136,7 @@ __all__ = [
     "s2_attention",
     "s2_context_parallel",
     "s2_decode",
+    "select_chunks",
     "select_implementation",
     "shard_sequence",
     "unshard_sequence",

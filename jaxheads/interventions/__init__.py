@@ -10,6 +10,7 @@ from jaxheads.interventions.attention_rows import (
     override_pattern,
     override_rows,
 )
+from jaxheads.interventions.longheads import chunks_read, with_longheads
 from jaxheads.interventions.mask_heads import mask_heads, random_heads
 from jaxheads.interventions.moh import to_moh
 from jaxheads.interventions.patch import patch
@@ -25,6 +26,7 @@ __all__ = [
     "ablate",
     "base_forward",
     "bias_scores",
+    "chunks_read",
     "fold_pruned",
     "keep_subspace",
     "knock_out",
@@ -41,4 +43,5 @@ __all__ = [
     "scale_heads",
     "steer",
     "to_moh",
+    "with_longheads",
 ]
