@@ -38,6 +38,7 @@ PAPERS: Mapping[str, str] = {
     "dmha_scaling": "Distributed multi-head attention, arXiv:2302.06218",
     "lab": "the shipped models",
     "long_context_helps": "Distributed multi-head attention, arXiv:2302.06218",
+    "longheads": "LongHeads, arXiv:2402.10685",
     "mixers": "Distributed multi-head attention, arXiv:2302.06218",
     "moh": "MoH, arXiv:2410.11842",
     "ph3": "PH3, arXiv:2402.18154",

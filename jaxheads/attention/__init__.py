@@ -75,8 +75,8 @@ VARIANTS: Mapping[str, Variant] = {
     "cca": CCA,
     "dense": SOFTMAX,
     "dmha": DMHA,
-    "moh": MOH,
     "longheads": LONGHEADS,
+    "moh": MOH,
     "s2": S2,
 }
 """Every way for heads to attend that a decoder can be built with. A new one is a new file and a
