@@ -29,6 +29,14 @@ from jaxheads.attention.distributed import (
     vanilla_attention,
 )
 from jaxheads.attention.dmha import DMHA
+from jaxheads.attention.duo import (
+    DuoCache,
+    duo_attention_step,
+    duo_attention_train,
+    streaming_attention,
+    streaming_mask,
+)
+from jaxheads.attention.duo_variant import DUO, DuoOptions, duo_layers
 from jaxheads.attention.layouts import ring_schedule, shard_sequence, unshard_sequence
 from jaxheads.attention.masks import MASK_VALUE, Mask
 from jaxheads.attention.merge import merge_partitions
@@ -46,6 +54,7 @@ from jaxheads.attention.softmax import SOFTMAX
 VARIANTS: Mapping[str, Variant] = {
     "dense": SOFTMAX,
     "dmha": DMHA,
+    "duo": DUO,
     "s2": S2,
 }
 """Every way for heads to attend that a decoder can be built with. A new one is a new file and a
@@ -59,6 +68,8 @@ __all__ = [
     "AttentionOutput",
     "AxisNames",
     "Cost",
+    "DuoCache",
+    "DuoOptions",
     "HeadsOut",
     "Implementation",
     "Mask",
@@ -78,6 +89,9 @@ __all__ = [
     "dense_attention",
     "dense_every",
     "distributed_attention",
+    "duo_attention_step",
+    "duo_attention_train",
+    "duo_layers",
     "finalize",
     "inverse_frequencies",
     "merge_partitions",
@@ -88,6 +102,8 @@ __all__ = [
     "s2_decode",
     "select_implementation",
     "shard_sequence",
+    "streaming_attention",
+    "streaming_mask",
     "unshard_sequence",
     "vanilla_attention",
 ]
