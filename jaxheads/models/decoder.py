@@ -145,9 +145,21 @@ def _init_variant(cfg: ModelConfig, spec: LayerSpec, key: Array) -> PyTree:
 
 
 def with_config(model: Decoder, **changes: Any) -> Decoder:
-    """The same parameters under a changed configuration (``remat="full"``, an implementation)."""
+    """The same parameters under a changed configuration (``remat="full"``, other attention).
+
+    Raises:
+      ValueError: for a change of layers whose attention has parameters of its own.
+    """
     new = copy.copy(model)
     new.cfg = dataclasses.replace(model.cfg, **changes)
+    if new.cfg.pattern != model.cfg.pattern:
+        own = jax.eval_shape(lambda: _variant_params(new.cfg, nnx.Rngs(0)))
+        if jax.tree.leaves((own, model.variants)):
+            raise ValueError(
+                f"attention={model.cfg.attention!r} and {new.cfg.attention!r}: one of them has "
+                "parameters of its own, so a model of the one is not a model of the other."
+            )
+        new.variants = nnx.List(own)
     return new
 
 
