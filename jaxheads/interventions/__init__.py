@@ -10,6 +10,7 @@ from jaxheads.interventions.attention_rows import (
     override_pattern,
     override_rows,
 )
+from jaxheads.interventions.duo import reorder_heads, stream_heads
 from jaxheads.interventions.mask_heads import mask_heads, random_heads
 from jaxheads.interventions.patch import patch
 from jaxheads.interventions.per_head import base_forward
@@ -37,6 +38,8 @@ __all__ = [
     "project_out",
     "prune_heads",
     "random_heads",
+    "reorder_heads",
     "scale_heads",
     "steer",
+    "stream_heads",
 ]
