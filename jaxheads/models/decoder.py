@@ -7,7 +7,6 @@ Every stage is a named tap (`jaxheads.taps`).
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
@@ -150,7 +149,7 @@ def with_config(model: Decoder, **changes: Any) -> Decoder:
     Raises:
       ValueError: for a change of layers whose attention has parameters of its own.
     """
-    new = copy.copy(model)
+    new = jax.tree.map(lambda x: x, model)  # a copy that shares its arrays
     new.cfg = dataclasses.replace(model.cfg, **changes)
     if new.cfg.pattern != model.cfg.pattern:
         own = jax.eval_shape(lambda: _variant_params(new.cfg, nnx.Rngs(0)))
