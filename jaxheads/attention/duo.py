@@ -16,7 +16,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxheads.attention.api import attention
 from jaxheads.attention.duo_cache import (
     DuoCache,
     KeysValues,
@@ -25,7 +24,8 @@ from jaxheads.attention.duo_cache import (
     evict_last,
     init_cache,
 )
-from jaxheads.attention.duo_streaming import streaming_attention, streaming_mask
+from jaxheads.attention.duo_streaming import masked, streaming_attention, streaming_mask
+from jaxheads.attention.masks import Mask
 from jaxheads.typing import Array
 
 __all__ = [
@@ -106,8 +106,9 @@ def duo_attention_train(
             f"alpha has shape {jnp.shape(alpha)}, needed ({kv_heads},): one gate a kv head, which "
             f"its {heads // kv_heads} query heads share."
         )
-    full = jax.lax.stop_gradient(attention(q_f, k_f, v_f))
+    causal = Mask(is_causal=True)
+    full = jax.lax.stop_gradient(masked(q_f, k_f, v_f, causal))
     streaming = streaming_attention(q_m, k_m, v_m, sink=sink, recent=recent, impl=impl)
-    source = full if mix_source == "teacher" else attention(q_m, k_m, v_m)
+    source = full if mix_source == "teacher" else masked(q_m, k_m, v_m, causal)
     gates = jnp.repeat(clip_gates(jnp.asarray(alpha)), heads // kv_heads)
     return Streams(full, mix_heads(streaming, source, gates))

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.attention.api import attention, check_arrays
-from jaxheads.attention.duo_streaming import as_pattern, check_sizes, stream
+from jaxheads.attention.api import check_arrays
+from jaxheads.attention.duo_streaming import as_pattern, check_sizes, masked, stream
 from jaxheads.attention.masks import Mask
 from jaxheads.typing import Array, ArrayLike, is_traced
 
@@ -215,7 +215,7 @@ def _step_full(q, k, v, grown: DuoCache, n: int, scale) -> tuple[Array, KeysValu
         key_mask=slots >= (grown.index - grown.lengths)[:, None],
     )
     keys, values = full.k.astype(k.dtype), full.v.astype(v.dtype)
-    return attention(q, keys, values, mask, scale=scale), full
+    return masked(q, keys, values, mask, scale), full
 
 
 def _step_streaming(q, k, v, cache: DuoCache, real: Array, first_chunk: str, scale) -> Array:
@@ -226,7 +226,7 @@ def _step_streaming(q, k, v, cache: DuoCache, real: Array, first_chunk: str, sca
         q_index=size + jnp.arange(n, dtype=jnp.int32),
         key_mask=jnp.concatenate([cache.positions >= 0, real], axis=1),
     )
-    z = attention(q, join(cache.streaming.k, k), join(cache.streaming.v, v), mask, scale=scale)
+    z = masked(q, join(cache.streaming.k, k), join(cache.streaming.v, v), mask, scale)
     if first_chunk == "full" or n == 1:
         return z
     padding = n - jnp.sum(real, axis=1, dtype=jnp.int32)

@@ -10,11 +10,12 @@ References: Xiao et al., 2023, arXiv:2309.17453; Xiao et al., 2024, arXiv:2410.1
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxheads.attention.api import check_arrays
+from jaxheads.attention.api import attention, check_arrays
 from jaxheads.attention.blocked import blocked_attention
 from jaxheads.attention.dense import dense_attention
 from jaxheads.attention.masks import Mask
@@ -106,6 +107,11 @@ def streaming_attention(
             "use duo_attention_step with a cache."
         )
     return stream(q, k, v, None, sink, recent, impl, scale)
+
+
+def masked(q: Array, k: Array, v: Array, mask: Mask, scale: float | None = None) -> Array:
+    """`attention` under a mask: z alone."""
+    return cast(Array, attention(q, k, v, mask, scale=scale))
 
 
 def stream(q, k, v, padding: Array | None, sink: int, recent: int, impl: str, scale) -> Array:

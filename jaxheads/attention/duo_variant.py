@@ -19,7 +19,14 @@ import numpy as np
 from jaxheads.attention import duo_cache
 from jaxheads.attention.api import DENSE_SCORES, attend
 from jaxheads.attention.contract import AttentionContext, Cost, HeadsOut, Supports, Variant
-from jaxheads.attention.duo_cache import FIRST_CHUNKS, DuoCache, heads_of, pick, split_heads
+from jaxheads.attention.duo_cache import (
+    FIRST_CHUNKS,
+    DuoCache,
+    KeysValues,
+    heads_of,
+    pick,
+    split_heads,
+)
 from jaxheads.attention.duo_streaming import as_pattern, check_sizes, stream, streaming_mask
 from jaxheads.attention.softmax import rotate_heads
 from jaxheads.typing import Array, ArrayLike, PyTree
@@ -222,9 +229,10 @@ def state_axes(options: DuoOptions | None = None) -> PyTree:
     """The logical axes of every array of `DuoCache`: heads stay whole, as their number differs from
     layer to layer; the full cache is split over its tokens."""
     options = options or DuoOptions()
-    pair = lambda length: duo_cache.KeysValues(*[("batch", length, None, None)] * 2)
-    axes: Any = (pair("length"), pair(None), ("batch",), ("batch", None), ())
-    return DuoCache(*axes, options.sink, options.recent)
+    full, streaming = (("batch", length, None, None) for length in ("length", None))
+    pairs: Any = (KeysValues(*[full] * 2), KeysValues(*[streaming] * 2))  # type: ignore[arg-type]
+    rest: Any = (("batch",), ("batch", None), ())
+    return DuoCache(*pairs, *rest, sink=options.sink, recent=options.recent)
 
 
 def cost(

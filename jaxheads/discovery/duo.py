@@ -106,9 +106,10 @@ class GateConfig:
                 "step, a positive rate and a weight of at least 0."
             )
 
-    def rate(self, step: Array) -> Array:
+    def rate(self, step: Any) -> Array:
         """lr min(1, max((i+1) / (N/5), 0.1), max((N-i) / (N/5), 0.1))."""
         fifth = self.num_steps / 5
+        step = jnp.asarray(step)
         rise = jnp.maximum((step + 1) / fifth, 0.1)
         fall = jnp.maximum((self.num_steps - step) / fifth, 0.1)
         return self.lr * jnp.minimum(1.0, jnp.minimum(rise, fall))
