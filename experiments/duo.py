@@ -69,7 +69,7 @@ class Plan(NamedTuple):
     random: int
 
 
-PLANS = {"smoke": Plan(4, 2, 1, 4, 2), "default": Plan(300, 150, 2, 60, 10)}
+PLANS = {"smoke": Plan(4, 2, 1, 4, 2), "default": Plan(200, 100, 2, 40, 10)}
 
 
 class Study(NamedTuple):
@@ -180,10 +180,14 @@ def study(model: Any, tokenizer: Any, plan: Plan, *, sizes: tuple[int, int], lr:
     masks = lambda gates: np.stack([sparsify(gates, s).mask for s in SPARSITIES])
     rankings = {"gates": alpha, "attention profile": profile(model, tokens[:8], sizes)}
     curves = {name: ask(patterns=masks(gates)) for name, gates in rankings.items()}
-    draws = [random_patterns(shape, plan.random, s, seed) for s in SPARSITIES[1:-1]]
-    random = ask(patterns=np.concatenate(draws)).reshape(len(draws), -1)
+    draws = {
+        s: random_patterns(shape, plan.random if s == 0.5 else -(-plan.random // 3), s, seed)
+        for s in SPARSITIES[1:-1]
+    }
+    random = ask(patterns=np.concatenate([*draws.values()]))
+    random = np.split(random, np.cumsum([len(drawn) for drawn in draws.values()])[:-1])
     ends = curves["gates"][[0, -1]]
-    curves["random"] = np.array([ends[0], *random.mean(axis=1), ends[1]])
+    curves["random"] = np.array([ends[0], *(part.mean() for part in random), ends[1]])
 
     half = sparsify(alpha, 0.5).mask
     # Texts longer than the window: questions alone would be seen whole.
@@ -203,7 +207,7 @@ def study(model: Any, tokenizer: Any, plan: Plan, *, sizes: tuple[int, int], lr:
         alpha,
         by_kv_head(model, found.score),
         curves,
-        random[SPARSITIES[1:-1].index(0.5)],
+        random[[*draws].index(0.5)],
         float(ask(patterns=(1 - half)[None])[0]),
         others,
         cache_ratio(model, half, sizes, CONTEXT),
