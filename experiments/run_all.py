@@ -36,6 +36,7 @@ PAPERS: Mapping[str, str] = {
     "circuit_reuse": "Circuit component reuse, arXiv:2310.08744",
     "dare": "DARE, arXiv:2410.02604",
     "dmha_scaling": "Distributed multi-head attention, arXiv:2302.06218",
+    "duo": "DuoAttention, arXiv:2410.10819",
     "lab": "the shipped models",
     "long_context_helps": "Distributed multi-head attention, arXiv:2302.06218",
     "longheads": "LongHeads, arXiv:2402.10685",

@@ -38,6 +38,14 @@ from jaxheads.attention.distributed import (
     vanilla_attention,
 )
 from jaxheads.attention.dmha import DMHA
+from jaxheads.attention.duo import (
+    DuoCache,
+    duo_attention_step,
+    duo_attention_train,
+    streaming_attention,
+    streaming_mask,
+)
+from jaxheads.attention.duo_variant import DUO, DuoOptions, duo_layers
 from jaxheads.attention.layouts import ring_schedule, shard_sequence, unshard_sequence
 from jaxheads.attention.longheads import (
     LongHeadsCache,
@@ -75,6 +83,7 @@ VARIANTS: Mapping[str, Variant] = {
     "cca": CCA,
     "dense": SOFTMAX,
     "dmha": DMHA,
+    "duo": DUO,
     "longheads": LONGHEADS,
     "moh": MOH,
     "s2": S2,
@@ -92,6 +101,8 @@ __all__ = [
     "CCACache",
     "CCAOptions",
     "Cost",
+    "DuoCache",
+    "DuoOptions",
     "HeadsOut",
     "Implementation",
     "LongHeadsCache",
@@ -122,6 +133,9 @@ __all__ = [
     "dense_attention",
     "dense_every",
     "distributed_attention",
+    "duo_attention_step",
+    "duo_attention_train",
+    "duo_layers",
     "finalize",
     "inverse_frequencies",
     "load_balance_loss",
@@ -139,6 +153,8 @@ __all__ = [
     "select_chunks",
     "select_implementation",
     "shard_sequence",
+    "streaming_attention",
+    "streaming_mask",
     "unshard_sequence",
     "vanilla_attention",
 ]

@@ -10,6 +10,7 @@ from jaxheads.interventions.attention_rows import (
     override_pattern,
     override_rows,
 )
+from jaxheads.interventions.duo import reorder_heads, stream_heads
 from jaxheads.interventions.longheads import chunks_read, with_longheads
 from jaxheads.interventions.mask_heads import mask_heads, random_heads
 from jaxheads.interventions.moh import to_moh
@@ -40,8 +41,10 @@ __all__ = [
     "project_out",
     "prune_heads",
     "random_heads",
+    "reorder_heads",
     "scale_heads",
     "steer",
+    "stream_heads",
     "to_moh",
     "with_longheads",
 ]

@@ -154,19 +154,21 @@ def with_config(model: Decoder, **changes: Any) -> Decoder:
     """The same parameters under a changed configuration (``remat="full"``, ``attention="cca"``).
 
     Raises:
-      ValueError: for attention variants with parameters of their own, which the model has not.
+      ValueError: for a change of attention that changes the parameters of variants.
     """
     new = jax.tree.map(lambda leaf: leaf, model)  # of this trace, where NNX allows to set fields
     new.cfg = dataclasses.replace(model.cfg, **changes)
-    kinds = lambda cfg: [(spec.attention, spec.options) for spec in cfg.pattern]
-    if kinds(new.cfg) != kinds(model.cfg):
-        shapes = jax.eval_shape(lambda: _variant_params(new.cfg, nnx.Rngs(0)))
-        if any(stack is not None for stack in shapes):
+    if new.cfg.pattern != model.cfg.pattern:
+        own = jax.eval_shape(lambda: _variant_params(new.cfg, nnx.Rngs(0)))
+        shapes = lambda stacks: [leaf.shape for leaf in jax.tree.leaves(stacks)]
+        if shapes(own) != shapes(list(model.variants)):
             raise ValueError(
-                f"attention={new.cfg.attention!r} has parameters of its own and the model was built"
-                f" with attention={model.cfg.attention!r}; build a Decoder and copy the weights."
+                f"attention={new.cfg.attention!r} has other parameters than the "
+                f"{model.cfg.attention!r} that the model was built with; build a Decoder and copy "
+                "the weights."
             )
-        new.variants = nnx.List(shapes)
+        if not shapes(own):  # nothing to keep, but as many places as layers in the pattern
+            new.variants = nnx.List(own)
     return new
 
 
