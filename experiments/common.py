@@ -166,6 +166,7 @@ def fit(
     lr: float | optax.Schedule = 1e-3,
     weight_decay: float = 0.0,
     optimizer: optax.GradientTransformation | None = None,
+    start: PyTree | None = None,
     over_seeds: str = "vmap",
 ) -> Fitted:
     """Trains one model per seed; initialisation, batches and steps are one compiled program.
@@ -183,6 +184,7 @@ def fit(
       lr: peak learning rate, or a schedule step -> rate.
       weight_decay: AdamW's.
       optimizer: instead of AdamW; `lr` and `weight_decay` are then not used.
+      start: parameters [N, ...] to go on from, of an earlier call; `init` is then not used.
       over_seeds: "vmap" trains the models side by side, "map" one after another in the same
         program (less memory).
     Returns:
@@ -200,13 +202,14 @@ def fit(
         updates, state = update.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), loss
 
-    def train(key: Array) -> tuple[PyTree, Array]:
-        params = init(jax.random.fold_in(key, _INIT))
+    def train(args: tuple[Array, PyTree]) -> tuple[PyTree, Array]:
+        key, params = args
+        params = init(jax.random.fold_in(key, _INIT)) if params is None else params
         keys = jax.random.split(jax.random.fold_in(key, _TRAIN), steps)
         (params, _), losses = jax.lax.scan(step, (params, update.init(params)), keys)
         return params, losses
 
-    params, losses = _each_seed(train, over_seeds)(_keys(seeds))
+    params, losses = _each_seed(train, over_seeds)((_keys(seeds), start))
     return Fitted(params, np.asarray(losses))
 
 

@@ -32,12 +32,16 @@ What the experiments claim and measured. Written by `python -m experiments.run_a
 (`experiments/why.json`).
 """
 PAPERS: Mapping[str, str] = {
+    "cca": "CCA-attention, arXiv:2412.12465",
     "circuit_reuse": "Circuit component reuse, arXiv:2310.08744",
     "dare": "DARE, arXiv:2410.02604",
     "dmha_scaling": "Distributed multi-head attention, arXiv:2302.06218",
+    "duo": "DuoAttention, arXiv:2410.10819",
     "lab": "the shipped models",
     "long_context_helps": "Distributed multi-head attention, arXiv:2302.06218",
+    "longheads": "LongHeads, arXiv:2402.10685",
     "mixers": "Distributed multi-head attention, arXiv:2302.06218",
+    "moh": "MoH, arXiv:2410.11842",
     "ph3": "PH3, arXiv:2402.18154",
     "recall_mechanisms": "Mechanisms of factual recall, arXiv:2310.15910",
     "retrieval_heads": "Retrieval heads, arXiv:2404.15574",

@@ -25,6 +25,7 @@ from jaxheads.interventions import (
     project_out,
     scale_heads,
     steer,
+    stream_heads,
 )
 from jaxheads.models import Cache, Decoder, ModelConfig, Output, forward, init_cache
 from jaxheads.taps import NO_TAPS, SITES, Edit, Taps, intervene, record, sweep
@@ -66,6 +67,7 @@ __all__ = [
     "save",
     "scale_heads",
     "steer",
+    "stream_heads",
     "sweep",
     "sweep_heads",
     "sweep_positions",

@@ -21,7 +21,14 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from jaxheads.models import Cache, Decoder, check_token_ids, compute_dtype, init_cache
+from jaxheads.models import (
+    Cache,
+    Decoder,
+    check_token_ids,
+    compute_dtype,
+    init_cache,
+    with_config,
+)
 from jaxheads.models import forward as _forward
 from jaxheads.models.cache import cache_shape
 from jaxheads.taps import TappedForward, as_tapped
@@ -45,6 +52,8 @@ def generate(
     forward: Callable[..., Any] = _forward,
     callback: Callback | None = None,
     cache_dtype: Any = None,
+    cache_policy: str | None = None,
+    prefill_chunk: int | None = None,
 ) -> Array:
     """Prompts continued by up to `max_new_tokens` tokens each.
 
@@ -71,6 +80,10 @@ def generate(
         position axis [T] do not fit; make their positions data instead (`ctx.positions`).
       callback: called with (step, tokens [B]) as soon as each step is done.
       cache_dtype: of keys and values kept; default the dtype the model computes in.
+      cache_policy: attention whose cache is used instead of the model's, such as the text of
+        `attention.duo_layers(pattern)`: the same as ``with_config(model, attention=...)``.
+      prefill_chunk: tokens of the prompt read at once; None: all. Less memory, and with a cache
+        policy another result: tokens of one chunk see each other.
 
     Returns:
       [B, T + N] int32: the padded prompts and what follows them.
@@ -79,6 +92,10 @@ def generate(
       ValueError: for an empty prompt, ids outside the vocabulary, more tokens than the model has
         learned positions, and sampling options outside their ranges.
     """
+    if cache_policy is not None:
+        model = with_config(model, attention=cache_policy)
+    if prefill_chunk is not None and operator.index(prefill_chunk) < 1:
+        raise ValueError(f"prefill_chunk={prefill_chunk} must be at least 1, or None for all.")
     cfg = model.cfg
     _check_options(cfg.vocab_size, max_new_tokens, key, temperature, top_k, top_p, pad_id)
     stop_ids = _stop_ids(stop_tokens, cfg.vocab_size)
@@ -93,6 +110,7 @@ def generate(
         num_new=operator.index(max_new_tokens),
         top_k=None if top_k is None else min(operator.index(top_k), cfg.vocab_size),
         cache_dtype=jnp.dtype(compute_dtype(cfg) if cache_dtype is None else cache_dtype).name,
+        prefill_chunk=prefill_chunk,
     )
     draw = None
     if key is not None and (isinstance(temperature, Tracer) or float(temperature) > 0):
@@ -111,6 +129,7 @@ class _Plan:
     num_new: int
     top_k: int | None
     cache_dtype: str
+    prefill_chunk: int | None = None
 
 
 class _Draw(NamedTuple):
@@ -153,14 +172,31 @@ def _start(forward: TappedForward, model, prompt: _Prompt, numbers: _Numbers, pl
     cache = init_cache(model.cfg, batch, length + plan.num_new - 1, plan.cache_dtype)
     if length > 1:
         index = jnp.arange(length - 1, dtype=jnp.int32) - (length - prompt.lengths)[:, None]
-        # Nobody reads these logits, so the compiler drops the [B,T,V] product.
-        cache = forward(
-            model,
-            prompt.tokens[:, :-1],
-            positions=jnp.maximum(index, 0),
-            segment_ids=(index >= 0).astype(jnp.int32),
-            cache=cache,
-        ).cache
+
+        def read(cache: Cache, chunk: tuple[Array, Array]) -> tuple[Cache, None]:
+            tokens, index = chunk
+            # Nobody reads these logits, so the compiler drops the [B,T,V] product.
+            out = forward(
+                model,
+                tokens,
+                positions=jnp.maximum(index, 0),
+                segment_ids=(index >= 0).astype(jnp.int32),
+                cache=cache,
+            )
+            return out.cache, None
+
+        text = (prompt.tokens[:, :-1], index)
+        size = min(plan.prefill_chunk or length - 1, length - 1)
+        whole = (length - 1) // size
+        if whole > 1:
+            cut = lambda a: jnp.moveaxis(
+                a[:, : whole * size].reshape(batch, whole, size), 1, 0
+            )  # [chunks,B,size]
+            cache, _ = jax.lax.scan(read, cache, jax.tree.map(cut, text))
+        else:
+            cache, _ = read(cache, jax.tree.map(lambda a: a[:, :size], text))
+        if whole * size < length - 1:
+            cache, _ = read(cache, jax.tree.map(lambda a: a[:, whole * size :], text))
     tokens = jnp.full((batch, length + plan.num_new), numbers.pad_id, jnp.int32)
     tokens = tokens.at[:, :length].set(prompt.tokens)
     return _State(jnp.int32(0), tokens, jnp.zeros(batch, bool), cache)

@@ -11,6 +11,15 @@ from jaxheads.attention.api import (
     select_implementation,
 )
 from jaxheads.attention.blocked import blocked_attention
+from jaxheads.attention.cca import (
+    CCACache,
+    CCAOptions,
+    cca_attention,
+    cca_costs,
+    cca_effective_attention,
+    core_tokens,
+)
+from jaxheads.attention.cca_variant import CCA
 from jaxheads.attention.contract import (
     AttentionContext,
     Cost,
@@ -29,7 +38,24 @@ from jaxheads.attention.distributed import (
     vanilla_attention,
 )
 from jaxheads.attention.dmha import DMHA
+from jaxheads.attention.duo import (
+    DuoCache,
+    duo_attention_step,
+    duo_attention_train,
+    streaming_attention,
+    streaming_mask,
+)
+from jaxheads.attention.duo_variant import DUO, DuoOptions, duo_layers
 from jaxheads.attention.layouts import ring_schedule, shard_sequence, unshard_sequence
+from jaxheads.attention.longheads import (
+    LongHeadsCache,
+    LongHeadsInfo,
+    LongHeadsOptions,
+    chunk_representations,
+    longheads_attention,
+    select_chunks,
+)
+from jaxheads.attention.longheads_variant import LONGHEADS
 from jaxheads.attention.low_rank_pool import (
     Pooled,
     attention_pool_flops,
@@ -78,8 +104,11 @@ from jaxheads.attention.s2_variant import S2, S2Options, dense_every
 from jaxheads.attention.softmax import SOFTMAX
 
 VARIANTS: Mapping[str, Variant] = {
+    "cca": CCA,
     "dense": SOFTMAX,
     "dmha": DMHA,
+    "duo": DUO,
+    "longheads": LONGHEADS,
     "moh": MOH,
     "rcmha": RCMHA,
     "s2": S2,
@@ -94,9 +123,16 @@ __all__ = [
     "AttentionContext",
     "AttentionOutput",
     "AxisNames",
+    "CCACache",
+    "CCAOptions",
     "Cost",
+    "DuoCache",
+    "DuoOptions",
     "HeadsOut",
     "Implementation",
+    "LongHeadsCache",
+    "LongHeadsInfo",
+    "LongHeadsOptions",
     "Mask",
     "MoHOptions",
     "MoHOutput",
@@ -120,15 +156,24 @@ __all__ = [
     "attention_pool_params",
     "blocked_attention",
     "blockwise_attention",
+    "cca_attention",
+    "cca_costs",
+    "cca_effective_attention",
+    "chunk_representations",
+    "core_tokens",
     "dense_attention",
     "dense_every",
     "depthwise_causal_conv",
     "distributed_attention",
+    "duo_attention_step",
+    "duo_attention_train",
+    "duo_layers",
     "finalize",
     "init_rel_conv",
     "inverse_frequencies",
     "lengths_to_mask",
     "load_balance_loss",
+    "longheads_attention",
     "low_rank_attention_pool",
     "low_rank_attention_scores",
     "mdha",
@@ -150,8 +195,11 @@ __all__ = [
     "s2_attention",
     "s2_context_parallel",
     "s2_decode",
+    "select_chunks",
     "select_implementation",
     "shard_sequence",
+    "streaming_attention",
+    "streaming_mask",
     "unshard_sequence",
     "vanilla_attention",
 ]

@@ -129,6 +129,8 @@ class Variant(NamedTuple):
     state_axes: Callable[..., PyTree] | None = None
     """options -> the logical axes of each array of the state, a tuple in its place; None: only
     the batch is split."""
+    check: Callable[[Any, Any], None] | None = None
+    """(cfg, spec of a layer): raises ValueError for a model that the variant cannot serve."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

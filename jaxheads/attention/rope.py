@@ -114,7 +114,7 @@ def rotate(
 
     Args:
       x: [B,T,H,D] queries or keys.
-      positions: [T] or [B,T].
+      positions: [T], [B,T] or, for heads that differ, [B,T,H].
       inv_freq: [R/2] from `inverse_frequencies`.
       interleaved: pairs are (2i, 2i+1) instead of (i, i + R/2).
       scaling: factor on cos and sin.
@@ -126,7 +126,9 @@ def rotate(
       [1.0, 1.0]
     """
     half = len(inv_freq)
-    angles = positions.astype(jnp.float32)[..., None, None] * inv_freq  # [(B,)T,1,R/2]
+    if positions.ndim < 3:
+        positions = positions[..., None]
+    angles = positions.astype(jnp.float32)[..., None] * inv_freq  # [(B,)T,1|H,R/2]
     cos, sin = jnp.cos(angles) * scaling, jnp.sin(angles) * scaling
     rotary, rest = x[..., : 2 * half], x[..., 2 * half :]
     if interleaved:

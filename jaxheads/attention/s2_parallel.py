@@ -97,7 +97,7 @@ def _sparse_heads(q, k, v, segments, pattern, axis_name, scale, residues) -> tup
     num_devices = jax.lax.axis_size(axis_name)
     first = jax.lax.axis_index(axis_name) * num_local
 
-    extend = lambda x: _with_halo(x, (local - 1) * block, axis_name)
+    extend = lambda x: with_halo(x, (local - 1) * block, axis_name)
     window = Keys(
         jnp.einsum("bskd->bksd", extend(k)),
         jnp.einsum("bskd->bksd", extend(v)),
@@ -122,7 +122,7 @@ def _sparse_heads(q, k, v, segments, pattern, axis_name, scale, residues) -> tup
     )
 
 
-def _with_halo(x: Array, size: int, axis_name: str) -> Array:
+def with_halo(x: Array, size: int, axis_name: str) -> Array:
     """[B,T/n,...] -> [B,size+T/n,...]: the tokens to the left in front, zeros before the first."""
     length, num_devices = x.shape[1], jax.lax.axis_size(axis_name)
     pieces = [x]

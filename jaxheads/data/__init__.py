@@ -8,6 +8,7 @@ from jaxheads.data.behaviour_logs import open_log
 from jaxheads.data.behaviour_samples import SampleConfig, eval_samples, make_samples
 from jaxheads.data.behaviours import Behaviours, open_behaviours
 from jaxheads.data.packing import merge_states
+from jaxheads.data.passkey import PassKey, make_passkeys
 from jaxheads.data.pipeline import BatchIterator, DataConfig, eval_batches, make_dataset
 from jaxheads.data.tasks import TaskExample, TaskPair, encode_pairs, load_pairs, load_tasks
 from jaxheads.data.text import Source, open_source
@@ -17,6 +18,7 @@ __all__ = [
     "BatchIterator",
     "Behaviours",
     "DataConfig",
+    "PassKey",
     "SampleConfig",
     "Source",
     "TaskExample",
@@ -29,6 +31,7 @@ __all__ = [
     "load_pairs",
     "load_tasks",
     "make_dataset",
+    "make_passkeys",
     "make_samples",
     "merge_states",
     "open_behaviours",

@@ -10,6 +10,8 @@ from jaxheads.interventions.attention_rows import (
     override_pattern,
     override_rows,
 )
+from jaxheads.interventions.duo import reorder_heads, stream_heads
+from jaxheads.interventions.longheads import chunks_read, with_longheads
 from jaxheads.interventions.mask_heads import mask_heads, random_heads
 from jaxheads.interventions.moh import to_moh
 from jaxheads.interventions.patch import patch
@@ -25,6 +27,7 @@ __all__ = [
     "ablate",
     "base_forward",
     "bias_scores",
+    "chunks_read",
     "fold_pruned",
     "keep_subspace",
     "knock_out",
@@ -38,7 +41,10 @@ __all__ = [
     "project_out",
     "prune_heads",
     "random_heads",
+    "reorder_heads",
     "scale_heads",
     "steer",
+    "stream_heads",
     "to_moh",
+    "with_longheads",
 ]

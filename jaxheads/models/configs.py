@@ -173,7 +173,16 @@ class ModelConfig:
                 f"mlp_chunk={self.mlp_chunk!r} must be a number of tokens, or 0 for all."
             )
         parse_remat(self.remat)
-        _ = self.pattern, self.mixer, self.layout
+        _ = self.mixer, self.layout
+        self._check_variants()
+
+    def _check_variants(self) -> None:
+        from jaxheads.attention import VARIANTS
+
+        for spec in self.pattern:
+            check = VARIANTS[spec.attention].check
+            if check is not None:
+                check(self, spec)
 
     @property
     def num_groups(self) -> int:

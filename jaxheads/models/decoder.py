@@ -7,7 +7,6 @@ Every stage is a named tap (`jaxheads.taps`).
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
@@ -152,9 +151,24 @@ def _init_variant(cfg: ModelConfig, spec: LayerSpec, key: Array) -> PyTree:
 
 
 def with_config(model: Decoder, **changes: Any) -> Decoder:
-    """The same parameters under a changed configuration (``remat="full"``, an implementation)."""
-    new = copy.copy(model)
+    """The same parameters under a changed configuration (``remat="full"``, ``attention="cca"``).
+
+    Raises:
+      ValueError: for a change of attention that changes the parameters of variants.
+    """
+    new = jax.tree.map(lambda leaf: leaf, model)  # of this trace, where NNX allows to set fields
     new.cfg = dataclasses.replace(model.cfg, **changes)
+    if new.cfg.pattern != model.cfg.pattern:
+        own = jax.eval_shape(lambda: _variant_params(new.cfg, nnx.Rngs(0)))
+        shapes = lambda stacks: [leaf.shape for leaf in jax.tree.leaves(stacks)]
+        if shapes(own) != shapes(list(model.variants)):
+            raise ValueError(
+                f"attention={new.cfg.attention!r} has other parameters than the "
+                f"{model.cfg.attention!r} that the model was built with; build a Decoder and copy "
+                "the weights."
+            )
+        if not shapes(own):  # nothing to keep, but as many places as layers in the pattern
+            new.variants = nnx.List(own)
     return new
 
 

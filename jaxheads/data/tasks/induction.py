@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from jaxheads.data.tasks.facts import FACTS
 from jaxheads.data.tasks.question import Question, Task, Words, choose
-from jaxheads.data.tasks.words import CODES, NAMES
+from jaxheads.data.tasks.words import CODES, LETTERS, NAMES
 
-WORDS = (*CODES, *NAMES)
+WORDS = (*CODES, *NAMES, *LETTERS, *(capital for _, capital in FACTS["capital"]))
 MAX_WORDS = 16
 
 

@@ -29,7 +29,7 @@ NUM_DOCUMENTS = {"train": 1 << 20, "validation": 1 << 12}
 _TOKEN = r"[0-9]{2}|[A-Za-z]+|[^\sA-Za-z0-9]"
 
 MIXTURE: tuple[tuple[str, float, dict[str, Any]], ...] = (
-    ("induction", 7, {"repeat": 1, "answer_words": 0}),
+    ("induction", 10, {"repeat": 1, "answer_words": 0}),
     ("needle", 8, {"code_words": None, "needles": None, "follow_up": True, "direct": True}),
     ("needle", 14, {"code_words": None, "needles": None, "follow_up": True}),
     ("ioi", 9, {}),
