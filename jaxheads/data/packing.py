@@ -61,8 +61,9 @@ def write_segment(
     batch["targets"][row, start:end] = ids[used + 1 : used + count + 1]
     batch["segment_ids"][row, start:end] = segment
     batch["positions"][row, start:end] = np.arange(count, dtype=np.int32)
-    is_one = isinstance(weights, float)
-    batch["weights"][row, start:end] = weights if is_one else weights[used + 1 : used + count + 1]
+    if isinstance(weights, np.ndarray):
+        weights = weights[used + 1 : used + count + 1]
+    batch["weights"][row, start:end] = weights
     return count
 
 
