@@ -104,14 +104,14 @@ def needle_texts(
     rows = []
     for pair in pairs:
         hay, question = pair.clean.split(" Q: ")
-        told = re.findall(r"The code of (\w+) is (\w+)\.", hay)
+        told = re.findall(r"Codes: (\w+) (\w+)\.", hay)
         asked = re.findall(r"of (\w+)\?", question)[0]
         ask = lambda who, q=question, asked=asked: tokenizer.encode(f"Q: {q.replace(asked, who)}")
         places = [
-            len(tokenizer.encode(hay[: hay.index(f"of {who} is {code}.")] + f"of {who} is"))
+            len(tokenizer.encode(hay[: hay.index(f"Codes: {who} {code}.")] + f"Codes: {who}"))
             for who, code in told
         ]
-        codes = [tokenizer.encode(f"is {code}")[-1] for _, code in told]
+        codes = [tokenizer.encode(code)[-1] for _, code in told]
         rows.append((tokenizer.encode(hay), [ask(who) for who, _ in told], codes, places))
     return Texts(*(np.array(column, np.int32) for column in zip(*rows, strict=True)))
 

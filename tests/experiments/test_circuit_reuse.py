@@ -67,13 +67,7 @@ def test_colours_are_capitalised_for_real_tokenizers():
 
 @pytest.mark.slow
 def test_the_command(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.circuit_reuse",
-        "--quick",
-        f"--workdir={tmp_path}",
-    ]
+    command = ["-m", "experiments.circuit_reuse", "--quick", f"--workdir={tmp_path}"]
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=600
     )

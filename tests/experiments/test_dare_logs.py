@@ -13,7 +13,7 @@ GIVEN = dict(
 
 
 def test_the_runs_of_the_paper(tmp_path):
-    run = common.Options(tmp_path, (0, 1), quick=False)
+    run = common.Options(tmp_path, (0, 1), "default")
     given = SimpleNamespace(**GIVEN | {"mesh": "data:8", "embedding_dim": 64})
     one = dare_logs.plan(given, run, "twin", 1)
     assert (one.model, one.mesh, one.epochs) == ("twin", "data:8", 2)
@@ -40,7 +40,7 @@ def test_from_a_log_to_claims(tmp_path, capsys):
         "samples.batch_size=16",
     ]  # fmt: skip
     given = GIVEN | {"data_dir": str(tmp_path), "embedding_dim": 4, "set": small}
-    run = common.Options(tmp_path / "run", (0,), quick=True)
+    run = common.Options(tmp_path / "run", (0,), "smoke")
     code = dare_logs.main(run, SimpleNamespace(**given))
     text = (tmp_path / "run/table.md").read_text()
     assert code in (0, 1) and "| dare |" in text and "| twin |" in text

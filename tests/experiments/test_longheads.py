@@ -25,7 +25,7 @@ def test_every_question_has_its_answer_at_its_place():
         asked = [tokenizer.decode(question) for question in questions]
         assert len({*asked}) == 4
         for sentence, question in zip(said, asked, strict=True):
-            assert sentence.split()[2] in question.split()
+            assert sentence.split()[3] in question.split()
 
 
 def test_lengths():

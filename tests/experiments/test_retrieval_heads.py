@@ -27,8 +27,8 @@ def test_needles_of_the_lab_language():
         code, wrong = (
             lab.decode(i.prompt_ids[i.needle_start : i.needle_end]) for i in (one, other)
         )
-        assert f"The code of {who} is {code} ." in text
-        assert f"is {wrong} ." in text and wrong != code
+        assert f"Codes : {who} {code} ." in text
+        assert f" {wrong} ." in text and wrong != code
         assert lab.decode(one.answer_ids) == code
         assert one.length - 8 <= len(one.prompt_ids) <= one.length + 8
     assert len({one.prompt_ids.tobytes() for one in task.instances}) == 8
@@ -37,8 +37,8 @@ def test_needles_of_the_lab_language():
     for name, times in (("choices", 1), ("scratchpad", 2)):
         prompt, label = task.asked[name][0]
         words = lab.decode(prompt).split()
-        place = words.index(lab.decode([label]))  # "B . Warsaw"
-        assert words.count(words[place + 2]) == times
+        place = words.index(".", words.index(lab.decode([label]))) - 1  # "Warsaw B ."
+        assert words.count(words[place - 1]) == times
 
 
 def test_needles_of_a_file(tmp_path):
