@@ -42,7 +42,7 @@ LEARNED = {
 CONTESTED = ("colored_objects", "conflict")
 """Tasks on which a model has to be of two minds: from 30 to 80 %, or nothing is left to explain."""
 OPTIONS = {"colored_objects": {"capitalised": False}, "needle": {"code_words": 3, "needles": 3}}
-COUNT = 300
+COUNT = 150  # some tasks have hardly more held-out questions
 
 
 def define_flags() -> None:
