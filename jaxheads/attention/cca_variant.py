@@ -23,7 +23,14 @@ from jaxheads.attention.cca import CCAOptions, cca_costs
 from jaxheads.attention.cca_parallel import cca_over_mesh, mesh_axes
 from jaxheads.attention.cca_parts import attend_row
 from jaxheads.attention.cca_pooling import IMPLS
-from jaxheads.attention.contract import AttentionContext, Cost, HeadsOut, Supports, Variant
+from jaxheads.attention.contract import (
+    AttentionContext,
+    Cost,
+    HeadsOut,
+    Supports,
+    Variant,
+    asked_beyond,
+)
 from jaxheads.attention.softmax import rotate_heads
 from jaxheads.typing import Array, PyTree
 
@@ -92,20 +99,12 @@ def _with_impl(options: CCAOptions, ctx: AttentionContext) -> CCAOptions:
 
 def _check_plain(q: Array, k: Array, ctx: AttentionContext) -> None:
     mask = ctx.mask
-    asked = {
-        "a head mask": mask.head_mask is not None,
-        "a sliding window": mask.window is not None,
-        "a prefix": mask.prefix_lengths is not None,
-        "a bias": ctx.bias is not None,
-        "sinks": ctx.sinks is not None,
-        "a soft cap": ctx.soft_cap is not None,
-        "ALiBi": ctx.alibi_slopes is not None,
-        "no causality": not mask.is_causal,
-        "T != S": q.shape[1] != k.shape[1],
-        "keys at slots of a cache that is not its own": ctx.state is None
-        and not (mask.q_index is None and mask.k_index is None),
-    }
-    reason = next((what for what, is_asked in asked.items() if is_asked), None)
+    in_cache = ctx.state is None and not (mask.q_index is None and mask.k_index is None)
+    others = (
+        (q.shape[1] != k.shape[1], "T != S"),
+        (in_cache, "keys at slots of a cache that is not its own"),
+    )
+    reason = asked_beyond(ctx, others)
     if reason is not None:
         raise NotImplementedError(
             f"CCA-attention of a text longer than its window cannot honour {reason}; use "

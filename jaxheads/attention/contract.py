@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -61,6 +61,30 @@ class AttentionContext:
     soft_cap: float | None = dataclasses.field(default=None, metadata=_STATIC)
     implementation: str = dataclasses.field(default="auto", metadata=_STATIC)
     options: Any = dataclasses.field(default=None, metadata=_STATIC)
+
+
+def asked_beyond(ctx: AttentionContext, others: Iterable[tuple[bool, str]] = ()) -> str | None:
+    """The first thing, in words, that a call asks beyond scaled causal softmax; None: nothing.
+
+    A variant with a form of its own serves segment ids and key masks and refuses, or does another
+    way, what this names.
+
+    Args:
+      ctx: the call.
+      others: (whether it is asked, what it is) that this variant cannot honour either.
+    """
+    mask = ctx.mask
+    common = (
+        (mask.head_mask is not None, "a head mask"),
+        (mask.window is not None, "a sliding window"),
+        (mask.prefix_lengths is not None, "a prefix"),
+        (ctx.bias is not None, "a bias"),
+        (ctx.sinks is not None, "sinks"),
+        (ctx.soft_cap is not None, "a soft cap"),
+        (ctx.alibi_slopes is not None, "ALiBi"),
+        (not mask.is_causal, "no causality"),
+    )
+    return next((what for is_asked, what in (*common, *others) if is_asked), None)
 
 
 class HeadsOut(NamedTuple):

@@ -18,7 +18,14 @@ import numpy as np
 
 from jaxheads.attention import duo_cache
 from jaxheads.attention.api import DENSE_SCORES, attend
-from jaxheads.attention.contract import AttentionContext, Cost, HeadsOut, Supports, Variant
+from jaxheads.attention.contract import (
+    AttentionContext,
+    Cost,
+    HeadsOut,
+    Supports,
+    Variant,
+    asked_beyond,
+)
 from jaxheads.attention.duo_cache import (
     FIRST_CHUNKS,
     DuoCache,
@@ -155,17 +162,10 @@ def _places(q: Array, k: Array, ctx: AttentionContext) -> tuple[Array, Array]:
 def _is_plain(q: Array, k: Array, ctx: AttentionContext) -> bool:
     """Whether heads of the two kinds may be computed apart, without a mask [T,S]."""
     mask = ctx.mask
-    parts = (
-        mask.q_segment_ids, mask.key_mask, mask.head_mask, mask.window, mask.q_index, mask.k_index,
-        mask.prefix_lengths, ctx.bias, ctx.sinks, ctx.soft_cap, ctx.alibi_slopes,
-    )  # fmt: skip
+    marks = (mask.q_segment_ids, mask.key_mask, mask.q_index, mask.k_index)
     wanted = any(ctx.tap.wants(site) for site in (*_WHOLE, "lse"))
-    return (
-        mask.is_causal
-        and all(part is None for part in parts)
-        and not wanted
-        and q.shape[1] == k.shape[1]
-    )
+    is_whole = all(mark is None for mark in marks) and q.shape[1] == k.shape[1]
+    return is_whole and not wanted and asked_beyond(ctx) is None
 
 
 def _by_kind(retrieves, q, k, v, options: DuoOptions, ctx: AttentionContext) -> Array:
@@ -182,15 +182,8 @@ def _by_kind(retrieves, q, k, v, options: DuoOptions, ctx: AttentionContext) -> 
 
 def _cached(options: DuoOptions, q: Array, k: Array, v: Array, ctx: AttentionContext) -> HeadsOut:
     """New tokens over the two caches."""
-    asked = {
-        "a window": ctx.mask.window is not None,
-        "a bias": ctx.bias is not None,
-        "sinks": ctx.sinks is not None,
-        "a soft cap": ctx.soft_cap is not None,
-        "ALiBi": ctx.alibi_slopes is not None,
-        "an edit or a record of the pattern": any(ctx.tap.wants(s) for s in (*_WHOLE, "lse")),
-    }
-    reason = next((what for what, is_asked in asked.items() if is_asked), None)
+    wants_pattern = any(ctx.tap.wants(site) for site in (*_WHOLE, "lse"))
+    reason = asked_beyond(ctx, ((wants_pattern, "an edit or a record of the pattern"),))
     if reason is not None:
         raise NotImplementedError(
             f"the caches of DuoAttention cannot honour {reason}; run without a cache, or with "

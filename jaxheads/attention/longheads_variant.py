@@ -16,7 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxheads.attention import longheads_cache, softmax
-from jaxheads.attention.contract import AttentionContext, Cost, HeadsOut, Supports, Variant
+from jaxheads.attention.contract import (
+    AttentionContext,
+    Cost,
+    HeadsOut,
+    Supports,
+    Variant,
+    asked_beyond,
+)
 from jaxheads.attention.longheads import LongHeadsOptions, choose_impl, longheads_attention
 from jaxheads.attention.longheads_cache import check_rotate, reorder, to_front
 from jaxheads.typing import Array, PyTree
@@ -81,21 +88,13 @@ def apply(params: None, q: Array, k: Array, v: Array, ctx: AttentionContext) -> 
 
 def _reason_not(q: Array, k: Array, ctx: AttentionContext) -> str | None:
     mask = ctx.mask
-    asked = {
-        "a head mask": mask.head_mask is not None,
-        "a window": mask.window is not None,
-        "a prefix": mask.prefix_lengths is not None,
-        "a bias": ctx.bias is not None,
-        "sinks": ctx.sinks is not None,
-        "a soft cap": ctx.soft_cap is not None,
-        "ALiBi": ctx.alibi_slopes is not None,
-        "no causality": not mask.is_causal,
-        "rotated keys": ctx.k_is_rotated,
-        f"implementation={ctx.implementation!r}": ctx.implementation != "auto",
-        "queries of some tokens only": ctx.state is None
-        and (mask.q_index is not None or mask.k_index is not None or q.shape[1] != k.shape[1]),
-    }
-    return next((what for what, is_asked in asked.items() if is_asked), None)
+    is_whole = mask.q_index is None and mask.k_index is None and q.shape[1] == k.shape[1]
+    others = (
+        (ctx.k_is_rotated, "rotated keys"),
+        (ctx.implementation != "auto", f"implementation={ctx.implementation!r}"),
+        (ctx.state is None and not is_whole, "queries of some tokens only"),
+    )
+    return asked_beyond(ctx, others)
 
 
 def _real_tokens(ctx: AttentionContext) -> tuple[Array | None, Array | None]:

@@ -20,7 +20,14 @@ import jax.numpy as jnp
 
 from jaxheads.attention import s2_cache
 from jaxheads.attention.api import attend
-from jaxheads.attention.contract import AttentionContext, Cost, HeadsOut, Supports, Variant
+from jaxheads.attention.contract import (
+    AttentionContext,
+    Cost,
+    HeadsOut,
+    Supports,
+    Variant,
+    asked_beyond,
+)
 from jaxheads.attention.s2 import (
     KERNELS,
     S2_IMPLEMENTATIONS,
@@ -194,20 +201,13 @@ def _attend(impl, q, k, v, pattern, ctx) -> tuple[Array, Array | None]:
 
 def _reason_general(q: Array, k: Array, ctx: AttentionContext) -> str | None:
     """Why a call needs the whole mask, or None."""
-    mask, tap = ctx.mask, ctx.tap
-    asked = {
-        "a head mask": mask.head_mask is not None,
-        "a window": mask.window is not None,
-        "a bias": ctx.bias is not None,
-        "sinks": ctx.sinks is not None,
-        "a soft cap": ctx.soft_cap is not None,
-        "ALiBi": ctx.alibi_slopes is not None,
-        "no causality": not mask.is_causal,
-        "queries or keys at slots of a cache": not (mask.q_index is None and mask.k_index is None),
-        "T != S": q.shape[1] != k.shape[1],
-        f"one of {', '.join(_WHOLE)}": any(tap.wants(site) for site in _WHOLE),
-    }
-    return next((what for what, is_asked in asked.items() if is_asked), None)
+    at_slots = not (ctx.mask.q_index is None and ctx.mask.k_index is None)
+    others = (
+        (at_slots, "queries or keys at slots of a cache"),
+        (q.shape[1] != k.shape[1], "T != S"),
+        (any(ctx.tap.wants(site) for site in _WHOLE), f"one of {', '.join(_WHOLE)}"),
+    )
+    return asked_beyond(ctx, others)
 
 
 def _general(q, k, v, pattern, ctx) -> tuple[Array, Array | None]:
@@ -255,7 +255,8 @@ def _segments(q: Array, k: Array, ctx: AttentionContext) -> tuple[Array, Array] 
 
 def _cached(options: S2Options, q: Array, k: Array, v: Array, ctx: AttentionContext) -> HeadsOut:
     """New tokens over the compact cache, and the cache with them."""
-    reason = _reason_uncached(ctx)
+    wants_pattern = any(ctx.tap.wants(site) for site in _WHOLE)
+    reason = asked_beyond(ctx, ((wants_pattern, "an edit or a record of the pattern"),))
     if reason is not None:
         raise NotImplementedError(
             f"the compact cache of S2-attention cannot honour {reason}; run without a cache."
@@ -274,18 +275,6 @@ def _cached(options: S2Options, q: Array, k: Array, v: Array, ctx: AttentionCont
     if ctx.tap.wants("lse"):
         lse = ctx.tap("lse", lse)
     return HeadsOut(z, lse, {}, state)
-
-
-def _reason_uncached(ctx: AttentionContext) -> str | None:
-    asked = {
-        "a window": ctx.mask.window is not None,
-        "a bias": ctx.bias is not None,
-        "sinks": ctx.sinks is not None,
-        "a soft cap": ctx.soft_cap is not None,
-        "ALiBi": ctx.alibi_slopes is not None,
-        "an edit or a record of the pattern": any(ctx.tap.wants(site) for site in _WHOLE),
-    }
-    return next((what for what, is_asked in asked.items() if is_asked), None)
 
 
 def init_state(
