@@ -159,13 +159,14 @@ def study(name: str, seed: int, count: int, frac: float) -> dict[str, Any]:
     shared = ioi.mask() & colored.mask()
     key = jax.random.key(seed)
     heads = inhibition_heads(ioi)
+    other_cuts = overlap_at_cuts(ioi, greater)
     label = lambda hs: " ".join(jh.heads.label(h) for h in hs)
     result = {
         "model": name,
         "colored": circuit_overlap(ioi, colored),
         "greater": circuit_overlap(ioi, greater),
         "cuts": {
-            str(cut): [both.frac, overlap_at_cuts(ioi, greater)[cut].frac]
+            str(cut): [both.frac, other_cuts[cut].frac]
             for cut, both in overlap_at_cuts(ioi, colored).items()
         },
         "heads": {task: [label(s.heads) for s in circuits[task].stages] for task in TASKS},

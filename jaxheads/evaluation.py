@@ -271,7 +271,7 @@ def answers_right(
       model: a `Decoder`, sharded or not.
       tokenizer: the tokenizer of the model.
       pairs: from `data.tasks.generate` or `data.load_pairs`. An answer of several tokens is right
-        when all are; any of `accepted` is right where a pair has it (single tokens).
+        when all are; any of `accepted` is right where a pair has it.
       batch_size: prompts at once. Lengths are padded to powers of two.
 
     Returns:
@@ -279,27 +279,15 @@ def answers_right(
     """
     if not pairs:
         raise ValueError("there are no pairs to evaluate.")
-    forward = as_tapped(forward)
-    rows, accepted = [], []
+    examples, owners = [], []
     for number, pair in enumerate(pairs):
-        new, _ = _encode(tokenizer, TaskExample(pair.clean, pair.answer), number)
-        rows += new
-        endings = [_encode(tokenizer, TaskExample(pair.clean, a), number) for a in pair.accepted]
-        accepted.append({int(row.ids[-1]) for (row,), _ in endings})
+        answers = pair.accepted or (pair.answer,)
+        examples += [TaskExample(pair.clean, answer) for answer in answers]
+        owners += [number] * len(answers)
+    found = evaluate_tasks(forward, model, tokenizer, examples, batch_size=batch_size)
     right = np.zeros(len(pairs), bool)
-    for group, batch in _task_batches(rows, batch_size, model.cfg):
-        best = np.asarray(_best_tokens(forward, model, batch))
-        for row, said in zip(group, best, strict=False):
-            wanted, got = row.ids[row.start :], said[row.start - 1 : len(row.ids) - 1]
-            any_of = accepted[row.example]
-            right[row.example] = int(got[-1]) in any_of if any_of else np.array_equal(wanted, got)
+    np.logical_or.at(right, owners, [detail["greedy"] for detail in found["per_example"]])
     return right
-
-
-@jax.jit
-def _best_tokens(forward: TappedForward, model: Decoder, batch: dict[str, Array]) -> Array:
-    logits = forward(model, batch["tokens"], segment_ids=batch["segment_ids"]).logits
-    return jnp.argmax(logits, axis=-1)  # [B,T]
 
 
 def _encode(tokenizer: Tokenizer, example: TaskExample, number: int) -> tuple[list[_Row], bool]:
