@@ -30,7 +30,7 @@ from absl import flags as absl_flags
 
 import jaxheads as jh
 from experiments import common
-from experiments.lab import SEEDS
+from experiments.lab import OPTIONS, SEEDS
 from jaxheads.data.tasks import PairBatch, TaskPair, encode_pairs, generate
 from jaxheads.discovery import (
     Circuit,
@@ -64,7 +64,7 @@ def define_flags() -> None:
 
 def examples(task: str, tokenizer: jh.Tokenizer, count: int, is_lab: bool, seed: int) -> Examples:
     """Held-out pairs of the lab language, or English for another tokenizer."""
-    options = {"capitalised": not is_lab} if task == "colored_objects" else {}
+    options = OPTIONS.get(task, {}) if is_lab else {}
     split = "heldout" if is_lab else "all"
     pairs = generate(task, tokenizer, count, seed=seed, split=split, **options)
     return Examples(pairs, encode_pairs(pairs, tokenizer))

@@ -27,6 +27,7 @@ from absl import flags as absl_flags
 
 import jaxheads as jh
 from experiments import common
+from experiments.lab import OPTIONS
 from jaxheads.data import DataConfig, eval_batches
 from jaxheads.data.tasks import world_capitals
 from jaxheads.data.tasks.world_capitals import Conflict
@@ -267,7 +268,8 @@ def unrelated(loaded: loading.Loaded, count: int) -> dict[str, Array]:
 
     texts = []
     for name in _OTHER_TASKS:
-        pairs = generate(name, loaded.tokenizer, count // len(_OTHER_TASKS), split="heldout")
+        each, options = count // len(_OTHER_TASKS), OPTIONS.get(name, {})
+        pairs = generate(name, loaded.tokenizer, each, split="heldout", **options)
         texts += [loaded.tokenizer.encode(pair.clean + pair.answer) for pair in pairs]
     width = max(map(len, texts))
     tokens = np.stack([np.pad(t, (0, width - len(t))) for t in texts]).astype(np.int32)

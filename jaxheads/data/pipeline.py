@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxheads.data.packing import Batch, Document, PackedBatches, pack_once
 from jaxheads.data.readahead import ReadAhead
-from jaxheads.data.tasks.lab import LAB, LabText, Pieces
+from jaxheads.data.tasks.lab import MIXTURES, LabText, Pieces
 from jaxheads.data.text import SPLITS, Source, open_source
 from jaxheads.data.tokenizer import BYTES, Tokenizer
 
@@ -150,8 +150,8 @@ def _open_components(cfg: DataConfig) -> tuple[list[Source | LabText], list[floa
 
 
 def _open(cfg: DataConfig, paths: tuple[str, ...]) -> Source | LabText:
-    if paths == (LAB,) and not os.path.exists(LAB):
-        return LabText(cfg.split)
+    if len(paths) == 1 and paths[0] in MIXTURES and not os.path.exists(paths[0]):
+        return LabText(cfg.split, paths[0])
     source = open_source(paths, field=cfg.field, max_document_bytes=cfg.max_document_bytes)
     return source.split(cfg.split, cfg.validation_fraction)
 

@@ -115,6 +115,33 @@ def test_needles_are_where_they_are_asked_for(depth, tokenizer):
     assert abs(pair.marks["needle"] / (len(ids) - needle._ASKED) - depth) < 0.1
 
 
+def test_colours_before_and_after_their_objects(tokenizer):
+    orders = collections.Counter()
+    for order in ("before", "after", "either"):
+        for pair in generate(
+            "colored_objects", tokenizer, 20, capitalised=False, order=order, split="heldout"
+        ):
+            said = re.findall(r"[A-Za-z]+|[^\sA-Za-z]", pair.clean)
+            at = said.index(said[-4])  # "... the hat ? A :": the hat of the list
+            color = pair.answer.strip()
+            assert color in (said[at - 1], said[at + 1])
+            orders[order, "after" if said[at + 1] == color else "before"] += 1
+            assert word_at(tokenizer, pair, "right") == color
+    assert set(orders) == {
+        ("before", "before"), ("after", "after"), ("either", "before"), ("either", "after"),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="unknown order 'between'"):
+        generate("colored_objects", tokenizer, 1, order="between")
+
+
+def test_the_names_of_mixtures_are_data(tokenizer):
+    asks_colors = lambda name: ["color" in lab.LabText("train", name)[i][0][0] for i in range(20)]
+    assert all(asks_colors("lab-colors")) and not all(asks_colors("lab"))
+    cfg = DataConfig(path="lab=0.5,lab-colors=0.5", tokenizer="lab", seq_len=64, batch_size=2)
+    batch = next(make_dataset(cfg))
+    assert set(np.unique(batch["weights"])) <= {np.float32(w) for w in (0, lab.CONTEXT_WEIGHT, 1)}
+
+
 def test_no_training_document_has_held_out_content(tokenizer):
     train, held_out = lab.LabText("train"), lab.LabText("validation")
     assert train[7] == lab.LabText("train")[7] != train[8]

@@ -1,9 +1,10 @@
 """The lab language: all tasks in one closed vocabulary, as text to train a small model on.
 
-``--data=lab`` reads it like any corpus. A document is one question of a task with its answer;
-answers weigh 1 in the loss and the words before them `CONTEXT_WEIGHT`, since most of those are
-random and nothing can predict them. Documents are made when they are read: document i of a split
-is the same on every machine, and no held-out content occurs in the training split.
+``--data=lab`` reads it like any corpus, ``--data=lab-colors`` coloured objects alone. A document is
+one question of a task with its answer; answers weigh 1 in the loss and the words before them
+`CONTEXT_WEIGHT`, since most of those are random and nothing can predict them. Documents are made
+when they are read: document i of a split is the same on every machine. The content of its question
+is of that split; what follows may ask about the rest of the same text.
 
     python -m jaxheads.data.tasks.lab DIRECTORY     writes the tokenizer of the language
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,6 @@ import numpy as np
 from jaxheads.data.tasks import TASKS
 from jaxheads.data.tasks.question import Question, in_split
 
-LAB = "lab"
 Pieces = tuple[tuple[str, float], ...]
 """A document as (text, weight in the loss) in order."""
 
@@ -28,7 +28,10 @@ CONTEXT_WEIGHT = 0.1
 NUM_DOCUMENTS = {"train": 1 << 20, "validation": 1 << 12}
 _TOKEN = r"[0-9]{2}|[A-Za-z]+|[^\sA-Za-z0-9]"
 
-MIXTURE: tuple[tuple[str, float, dict[str, Any]], ...] = (
+Mixture = tuple[tuple[str, float, dict[str, Any]], ...]
+"""(task, share of documents, options of its `draw`)"""
+
+MIXTURE: Mixture = (
     ("induction", 10, {"repeat": 1, "answer_words": 0}),
     ("needle", 8, {"code_words": None, "needles": None, "follow_up": True, "direct": True}),
     ("needle", 14, {"code_words": None, "needles": None, "follow_up": True}),
@@ -47,7 +50,16 @@ MIXTURE: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("two_documents", 1, {"first_share": 0.85, "ambiguous": True}),
     ("role", 3, {}),
 )
-"""(task, share of documents, options of its `draw`)"""
+_COLORS = {"capitalised": False, "follow_up": True}
+MIXTURES: Mapping[str, Mixture] = {
+    "lab": MIXTURE,
+    "lab-colors": (
+        ("colored_objects", 2, {**_COLORS, "order": "after", "direct": True}),
+        ("colored_objects", 3, {**_COLORS, "order": "after"}),
+        ("colored_objects", 2, _COLORS),
+    ),
+}
+"""Names for ``--data=``, alone or with shares."""
 
 
 def vocabulary() -> list[str]:
@@ -89,13 +101,13 @@ def document(question: Question) -> Pieces:
 class LabText(Sequence[Pieces]):
     """Documents of a split of the lab language: ``"train"`` or ``"validation"`` (held out)."""
 
-    def __init__(self, split: str = "train"):
+    def __init__(self, split: str = "train", name: str = "lab"):
         if split not in NUM_DOCUMENTS:
             raise ValueError(
                 f"split={split!r} is not one of {', '.join(NUM_DOCUMENTS)} of the lab language."
             )
-        self._split = split
-        shares = np.array([share for _, share, _ in MIXTURE], float)
+        self._split, self._mixture = split, MIXTURES[name]
+        shares = np.array([share for _, share, _ in self._mixture], float)
         self._shares = shares / shares.sum()
 
     def __len__(self) -> int:
@@ -106,14 +118,14 @@ class LabText(Sequence[Pieces]):
         """What the documents depend on."""
         import hashlib
 
-        content = repr((MIXTURE, CONTEXT_WEIGHT, self._split, vocabulary()))
+        content = repr((self._mixture, CONTEXT_WEIGHT, self._split, vocabulary()))
         return hashlib.blake2b(content.encode("utf-8"), digest_size=8).hexdigest()
 
     def __getitem__(self, i: int) -> Pieces:  # type: ignore[override]
         if not 0 <= i < len(self):
             raise IndexError(f"document {i} of {len(self)} documents")
         rng = np.random.default_rng((list(NUM_DOCUMENTS).index(self._split), i))
-        name, _, options = MIXTURE[rng.choice(len(MIXTURE), p=self._shares)]
+        name, _, options = self._mixture[rng.choice(len(self._shares), p=self._shares)]
         task = TASKS[name]
         wanted = "train" if self._split == "train" else "heldout"
         while True:
