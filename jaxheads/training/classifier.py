@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +30,7 @@ from jaxheads.data.images import ImageData, Images, eval_image_batches, image_ba
 from jaxheads.models import vit
 from jaxheads.models.vit import ViT, ViTConfig
 from jaxheads.parallel.multihost import is_main_process
+from jaxheads.taps import TappedForward, as_tapped
 from jaxheads.training.configs import TrainConfig
 from jaxheads.training.feed import local_block
 from jaxheads.training.optimizers import learning_rate, make_optimizer
@@ -140,14 +140,15 @@ def train_step(
 
 
 def _make_step(settings: ClassifierTraining, optimizer, mesh: Mesh, forward) -> Callable:
-    def step(state, batch):
+    def step(state, batch, forward):
         new, metrics = train_step(
             state, batch, settings=settings, optimizer=optimizer, forward=forward
         )
         keep = jax.lax.with_sharding_constraint
         return keep(new, state_shardings(new, mesh)), keep(metrics, NamedSharding(mesh, P()))
 
-    return jax.jit(step, donate_argnums=0)
+    jitted, forward = jax.jit(step, donate_argnums=0), as_tapped(forward)
+    return lambda state, batch: jitted(state, batch, forward)
 
 
 def _image_sharding(mesh: Mesh) -> NamedSharding:
@@ -177,8 +178,10 @@ def _put(batch: dict[str, np.ndarray], mesh: Mesh, count: int) -> dict[str, Arra
     }
 
 
-@partial(jax.jit, static_argnames="forward")
-def _score(model: ViT, image: Array, label: Array, forward) -> tuple[Array, Array, Array]:
+@jax.jit
+def _score(
+    model: ViT, image: Array, label: Array, forward: TappedForward
+) -> tuple[Array, Array, Array]:
     """Sums over the images with a label: correct, cross-entropy, count."""
     logits = forward(model, image).logits
     is_real = label >= 0
@@ -212,7 +215,7 @@ def evaluate(
         for batch in eval_image_batches(images, batch_size):
             own = {name: x[index * size : (index + 1) * size] for name, x in batch.items()}
             placed = _put(own, mesh, count)
-            sums = _score(model, placed["image"], placed["label"], forward)
+            sums = _score(model, placed["image"], placed["label"], as_tapped(forward))
             total += np.asarray(jax.device_get(sums), np.float64)
     return Scores(float(total[0] / total[2]), float(total[1] / total[2]))
 
