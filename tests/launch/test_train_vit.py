@@ -126,4 +126,4 @@ def test_digits_are_read(tmp_path):
     pytest.importorskip("sklearn")
     settings = ["train.steps=300", "train.batch_size=64", "train.lr=2e-3", "model.num_layers=2"]
     plan = resolve(data="digits", workdir=str(tmp_path), mesh="data:1", set=settings)
-    assert run(plan, {})["test"]["accuracy"] >= 0.9
+    assert run(plan, {})["test"]["accuracy"] >= 0.85  # 0.91 here; chance is 0.1
