@@ -28,7 +28,7 @@ RECIPES: Mapping[str, tuple[str, ...]] = {
     "lab-2": ("--seed=2",),
     "lab-gqa": ("--seed=0", "--set", "model.num_kv_heads=2"),
 }
-"""shipped model -> its settings beside ``--config=lab``; the second run has the same seed"""
+"""shipped model -> its settings beside ``--config=lab``; the second run is the same for all"""
 MODELS = tuple(name for name in RECIPES if (ASSETS / name / "config.json").is_file())
 """Those that this version of the package has."""
 SEEDS = tuple(name for name in MODELS if name != "lab-gqa")
@@ -65,10 +65,9 @@ def train(name: str) -> None:
     if name not in RECIPES:
         raise ValueError(f"--train: {unknown('model', name, RECIPES)}")
     first, last = f"runs/{name}-first", f"runs/{name}"
-    seed = next(setting for setting in RECIPES[name] if setting.startswith("--seed"))
     for command in (
         ["--config=lab", f"--workdir={first}", *RECIPES[name]],
-        ["--config=lab/colors", f"--model={first}", f"--workdir={last}", seed],
+        ["--config=lab/colors", f"--model={first}", f"--workdir={last}"],
     ):
         print("python -m launch.train", *command, flush=True)
         subprocess.run([sys.executable, "-m", "launch.train", *command], check=True)
@@ -84,10 +83,14 @@ def measure(name: str, count: int) -> dict[str, float]:
 
     model, tokenizer = jh.load(name), jh.Tokenizer.load(name)
     found = {}
-    for task in TASKS:
+    asked = {task: (task, OPTIONS.get(task, {})) for task in TASKS}
+    for order in ("before", "after"):
+        options = {**OPTIONS["colored_objects"], "order": order}
+        asked[f"colored_objects, colours {order}"] = ("colored_objects", options)
+    for row, (task, options) in asked.items():
         wanted = min(count, 60) if task in ("facts", "successors") else count
-        pairs = generate(task, tokenizer, wanted, split="heldout", **OPTIONS.get(task, {}))
-        found[task] = float(answers_right(jh.forward, model, tokenizer, pairs).mean())
+        pairs = generate(task, tokenizer, wanted, split="heldout", **options)
+        found[row] = float(answers_right(jh.forward, model, tokenizer, pairs).mean())
     return found
 
 
