@@ -136,7 +136,7 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("num_layers", "model_dim", "num_heads"):
-            _check_positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
         derived = {
             "num_kv_heads": self.num_heads,
             "head_dim": self.model_dim // self.num_heads,
@@ -153,12 +153,8 @@ class ModelConfig:
                 object.__setattr__(self, name, value)
         for name in _POSITIVE:
             if getattr(self, name) is not None:
-                _check_positive(name, getattr(self, name))
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}."
-                )
+                check_positive(name, getattr(self, name))
+        check_choices(self, _CHOICES)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}; "
@@ -279,7 +275,17 @@ class ModelConfig:
         return self.num_layers * layer + outer
 
 
-def _check_positive(name: str, value: Any) -> None:
+def check_choices(config: Any, choices: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise for a field of a configuration whose value is not one of its choices."""
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} is not one of {', '.join(allowed)}."
+            )
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise unless a field's value is a positive number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
         raise ValueError(f"{name}={value!r} must be a positive number.")
 

@@ -115,7 +115,7 @@ def run_stack(
             stacked, variant_params = xs
             seen, total = [], {}
             for place in range(num_places):
-                step = _rematerialize(partial(place_step, place), cfg.remat)
+                step = rematerialize(partial(place_step, place), cfg.remat)
                 carry, (recorded, aux) = step(carry, stacked, variant_params[place])
                 seen.append(recorded)
                 total = _add(total, aux)  # not every kind of layer has the same
@@ -197,7 +197,7 @@ def _gradient_of_jvp(dtype, primals, tangents):
     return _gradient_of(*primals, dtype), tangents[0].astype(dtype)
 
 
-def _rematerialize(step: Callable, remat: str) -> Callable:
+def rematerialize(step: Callable, remat: str) -> Callable:
     """`step` with what its backward pass keeps decided by the policy's text."""
     kind, names = parse_remat(remat)
     policies = jax.checkpoint_policies
