@@ -15,10 +15,10 @@ def images(seed=0):
     return np.random.default_rng(seed).normal(size=(B, N, C)).astype(np.float32)
 
 
-def clusters(x, into, r):
+def clusters_of(x, into, r):
     """Of one image, a loop: the tokens of every merged token, in order."""
     x = x / np.linalg.norm(x.astype(float), axis=-1, keepdims=True)
-    sources = [t for t in range(N) if t not in into]
+    sources = [t for t in range(len(x)) if t not in into]
     alike = {t: [x[t] @ x[d] for d in into] for t in sources}
     order = sorted(sources, key=lambda t: -max(alike[t]))  # stable
     members = [[d] for d in into]
@@ -54,7 +54,7 @@ def test_equals_a_loop(seed):
     for p, size in ((plan, r), (plan.for_agents, r_agent)):
         few, all_ = jax.device_get(there_and_back(x, p))
         for b in range(B):
-            wanted = clusters(x[b], list(into), size)
+            wanted = clusters_of(x[b], list(into), size)
             np.testing.assert_allclose(few[b], [x[b, m].mean(0) for m in wanted], atol=1e-6)
             back = all_[b]
             for m in wanted:
