@@ -134,7 +134,7 @@ def build(attention):
 @pytest.mark.parametrize("kind", ["agent(num_agents=4)", "agent(num_agents=3,agents=frozen)"])
 def test_every_parameter_learns_unless_frozen(kind, images):
     model = loud(build(kind))
-    loss = jax.jit(jax.grad(lambda m: jnp.sum(jnp.sin(forward(m, images).logits))))
+    loss = jax.jit(jax.grad(lambda m: jnp.sum(jnp.sin(forward(m, images).hidden))))
     attention = loss(model).layers.attention
     for name in ("wq", "wk", "wv", "an", "na", "ah", "aw", "ha", "wa", "ac", "ca"):
         assert (np.abs(getattr(attention, name)[...]).max((1, 2)) > 0).all(), name
