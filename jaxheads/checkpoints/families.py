@@ -46,7 +46,7 @@ _ACTIVATIONS = {
 }
 
 
-def _activation(gelu_tanh: str = "gelu_pytorch_tanh") -> Kind:
+def activation(gelu_tanh: str = "gelu_pytorch_tanh") -> Kind:
     """The activation's name; `gelu_tanh` is what the family calls the approximate GELU."""
     names = {"gelu": "gelu", "gelu_tanh": gelu_tanh}
     return Kind(
@@ -87,7 +87,7 @@ class Part(NamedTuple):
 
     read: Callable[[Reader, Mapping[str, Any]], dict[str, Any]]
     """(fields of config.json, our fields read so far) -> more of our fields."""
-    write: Callable[[ModelConfig], dict[str, Any]]
+    write: Callable[[Any], dict[str, Any]]
 
 
 class Only(NamedTuple):
@@ -170,7 +170,7 @@ def _gpt_sizes(vocab, positions, width, layers, heads) -> tuple[Field, ...]:
         Field("n_layer", "num_layers", layers, LAYERS),
         Field("n_head", "num_heads", heads),
         Field("n_inner", "mlp_dim", None, COUNT_OR_NULL),
-        Field("activation_function", "activation", "gelu_new", _activation("gelu_new")),
+        Field("activation_function", "activation", "gelu_new", activation("gelu_new")),
         Field("layer_norm_epsilon", "norm_eps", 1e-5, NUMBER),
     )
 
@@ -194,7 +194,7 @@ def _llama_like(sizes, kv_heads, head_dim, eps, *, tied=False, act="hidden_act",
         Field("num_key_value_heads", "num_kv_heads", kv_heads, COUNT_OR_NULL),
         Field("head_dim", "head_dim", head_dim, COUNT_OR_NULL),
         Field("rms_norm_eps", "norm_eps", eps, NUMBER),
-        Field(act, "activation", silu, _activation()),
+        Field(act, "activation", silu, activation()),
         _tied(tied),
     )
 
@@ -235,7 +235,7 @@ FAMILIES: Mapping[str, Family] = {
         (
             *_sizes(50432, 2048, 6144, 44, 64, 24576),
             Field("layer_norm_eps", "norm_eps", 1e-5, NUMBER),
-            Field("hidden_act", "activation", "gelu", _activation("gelu_new")),
+            Field("hidden_act", "activation", "gelu", activation("gelu_new")),
             Field(
                 "use_parallel_residual",
                 "residual",
@@ -276,7 +276,7 @@ FAMILIES: Mapping[str, Family] = {
         (
             *_sizes(50272, 2048, 768, 12, 12, 3072, "ffn_dim"),
             Field("word_embed_proj_dim", "embed_dim", None, COUNT_OR_NULL),
-            Field("activation_function", "activation", "relu", _activation("gelu_new")),
+            Field("activation_function", "activation", "relu", activation("gelu_new")),
             Field(
                 "do_layer_norm_before",
                 "norm_placement",
@@ -399,7 +399,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
       ValueError: naming every unknown field and every value of a wrong kind.
       NotImplementedError: naming every value that asks for maths we do not have.
     """
-    _check_is_json(config)
+    check_is_json(config)
     kind = config.get("model_type")
     if kind == OWN:
         return _from_own(config)
@@ -409,21 +409,26 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         raise NotImplementedError(
             f"model_type={kind!r} is no supported family; supported: {_known()}."
         )
-    family = FAMILIES[kind]
+    ours = read_family(config, FAMILIES[kind])
+    try:
+        return ModelConfig(family=kind, **ours)
+    except ValueError as error:
+        raise ValueError(f"config.json of model_type {kind!r}: {error}") from error
+
+
+def read_family(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Our fields of a config.json of this family, `param_dtype` and `extras` among them."""
     reader = Reader(config, ignoring=("model_type",))
-    ours: dict[str, Any] = {"family": kind, **family.fixed}
+    ours: dict[str, Any] = dict(family.fixed)
     for f in family.fields:
         value = reader.take(f.name, f.default, f.kind)
         ours |= dict.fromkeys((f.ours,) if isinstance(f.ours, str) else f.ours, value)
     for part in family.parts:
         ours |= part.read(reader, ours)
     ours["param_dtype"] = reader.take_any(("dtype", "torch_dtype"), "float32", _DTYPE)
-    extras = _extras(reader, family)
-    reader.finish(f"model_type {kind!r}")
-    try:
-        return ModelConfig(**ours, extras=extras)
-    except ValueError as error:
-        raise ValueError(f"config.json of model_type {kind!r}: {error}") from error
+    ours["extras"] = _extras(reader, family)
+    reader.finish(f"model_type {config['model_type']!r}")
+    return ours
 
 
 def _known() -> str:
@@ -437,7 +442,7 @@ _DTYPE = Kind(
 )
 
 
-def _check_is_json(config: Any) -> None:
+def check_is_json(config: Any) -> None:
     """Raise unless `config` is a plain JSON object of finite numbers."""
     if not isinstance(config, Mapping):
         raise ValueError(f"a configuration is a JSON object, got {type(config).__name__}.")
@@ -471,7 +476,7 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     """
     if cfg.family in FAMILIES:
         try:
-            written = _write(FAMILIES[cfg.family], cfg)
+            written = write_family(FAMILIES[cfg.family], cfg)
             if _maths(from_hf(written)) == _maths(cfg):
                 return written
         except (ValueError, NotImplementedError, OverflowError):
@@ -479,7 +484,8 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     return {"model_type": OWN, **to_json(cfg)}
 
 
-def _write(family: Family, cfg: ModelConfig) -> dict[str, Any]:
+def write_family(family: Family, cfg: Any) -> dict[str, Any]:
+    """The config.json of a configuration that the family can express: what `read_family` reads."""
     written: dict[str, Any] = {"model_type": cfg.family}
     for f in family.fields:
         ours = f.ours if isinstance(f.ours, str) else f.ours[0]

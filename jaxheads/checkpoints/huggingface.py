@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding
 
 from jaxheads import parallel
-from jaxheads.checkpoints import names, safetensors
+from jaxheads.checkpoints import names, safetensors, vision
 from jaxheads.checkpoints.directory import (
     CONFIG,
     INDEX,
@@ -34,13 +34,37 @@ from jaxheads.checkpoints.families import from_hf, to_hf
 from jaxheads.checkpoints.names import NAME_MAPS, NameMap, Row
 from jaxheads.checkpoints.safetensors import DTYPES, Stored, Tensor
 from jaxheads.fields import shorten
-from jaxheads.models import Decoder, ModelConfig, with_config
+from jaxheads.models import Decoder, ModelConfig, vit, with_config
+from jaxheads.models.vit import ViT, ViTConfig
 from jaxheads.parallel.multihost import is_main_process
 from jaxheads.typing import PyTree
 
 
-def load(path_or_name: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> Decoder:
+class Kind(NamedTuple):
+    """A kind of model that has directories."""
+
+    model: Any
+    """Its class: (cfg, *, rngs) -> model."""
+    from_hf: Callable[[Mapping[str, Any]], Any]
+    """config.json -> the configuration."""
+    to_hf: Callable[[Any], dict[str, Any]]
+    names_of: Callable[[Mapping[str, Any]], NameMap | None]
+    """config.json -> the names of its tensors; None: our own names."""
+    with_config: Callable[..., Any]
+
+
+def _text_names(config: Mapping[str, Any]) -> NameMap | None:
+    return NAME_MAPS.get(config["model_type"])
+
+
+TEXT = Kind(Decoder, from_hf, to_hf, _text_names, with_config)
+VISION = Kind(ViT, vision.from_hf, vision.to_hf, vision.name_map, vit.with_config)
+
+
+def load(path_or_name: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> Any:
     """A model from disk, from the Hugging Face hub, or shipped with the package.
+
+    A `Decoder`; for a directory of a vision transformer (ViT, DeiT) a `ViT`.
 
     Args:
       path_or_name: a Hugging Face directory (config.json, safetensors), a directory written by
@@ -64,16 +88,16 @@ def load(path_or_name: str | Path, *, dtype: Any = None, mesh: Mesh | None = Non
         return _load_training(directory, name, mesh)
     check_inside(directory, CONFIG)
     config = read_json(directory / CONFIG)
+    kind = VISION if vision.is_vision(config) else TEXT
     try:
-        cfg = from_hf(config)
+        cfg, names_of = kind.from_hf(config), kind.names_of(config)
     except (ValueError, NotImplementedError) as error:
         raise type(error)(f"{directory}: {shorten(error)}") from error
-    names_of = NAME_MAPS.get(config["model_type"])  # None: our own names
-    abstract: Decoder = jax.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0)))
+    abstract = jax.eval_shape(lambda: kind.model(cfg, rngs=nnx.Rngs(0)))
     homes = _homes(cfg, names_of, _flatten(abstract)[0])
     tensors = _match(cfg, names_of, homes, open_weights(directory), str(directory))
     model = _build(abstract, homes, tensors, None if name is None else jnp.dtype(name), mesh)
-    return with_config(model, **_dtypes(tensors, name))
+    return kind.with_config(model, **_dtypes(tensors, name))
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -125,7 +149,7 @@ def _flatten(model: PyTree) -> tuple[dict[str, nnx.Variable], Any]:
 
 
 def _homes(
-    cfg: ModelConfig, names_of: NameMap | None, leaves: Mapping[str, Any]
+    cfg: ModelConfig | ViTConfig, names_of: NameMap | None, leaves: Mapping[str, Any]
 ) -> dict[str, Home]:
     """The home of each parameter in a family's files, or under our own names without one."""
     if names_of is None:
@@ -147,7 +171,7 @@ def _homes(
 
 
 def _match(
-    cfg: ModelConfig,
+    cfg: ModelConfig | ViTConfig,
     names_of: NameMap | None,
     homes: Mapping[str, Home],
     stored: Mapping[str, Stored],
@@ -194,7 +218,7 @@ _TIED = "the output matrix of a tied model"
 
 
 def _canonical(
-    cfg: ModelConfig,
+    cfg: ModelConfig | ViTConfig,
     names_of: NameMap | None,
     stored: Mapping[str, Stored],
     needed: Mapping[str, Any],
@@ -202,11 +226,12 @@ def _canonical(
 ) -> dict[str, Stored]:
     """Tensors by the names of the family's table; complains about those it does not have."""
     prefix, aliases = (names_of.prefix, names_of.aliases) if names_of else ("", {})
+    is_tied = isinstance(cfg, ModelConfig) and cfg.tie_embeddings
     found: dict[str, Stored] = {}
     for name, tensor in stored.items():
         candidates = (name, aliases.get(name), prefix + name)
         target = next((c for c in candidates if c in needed), None)
-        if target is None and names_of and cfg.tie_embeddings and name in _HEADS:
+        if target is None and names_of and is_tied and name in _HEADS:
             target = _TIED
         if target is None:
             if not names.IGNORED.search(name):
@@ -230,12 +255,12 @@ def _dtypes(tensors: Mapping[str, Stored], name: str | None) -> dict[str, str]:
 
 
 def _build(
-    abstract: Decoder,
+    abstract: PyTree,
     homes: Mapping[str, Home],
     tensors: Mapping[str, Stored],
     dtype: np.dtype | None,
     mesh: Mesh | None,
-) -> Decoder:
+) -> Any:
     """The model with every shard of every parameter read from its tensors."""
     leaves, structure = _flatten(abstract)
     places: dict[str, Sharding | None] = dict.fromkeys(leaves)
@@ -282,7 +307,7 @@ def _reader(
     return read
 
 
-def save(model: Decoder, directory: str | Path, *, max_shard_bytes: float = 5e9) -> None:
+def save(model: Decoder | ViT, directory: str | Path, *, max_shard_bytes: float = 5e9) -> None:
     """Write a model as a Hugging Face directory: config.json and safetensors.
 
     `load` reads it back bit for bit, and so does transformers where the family can express the
@@ -295,15 +320,16 @@ def save(model: Decoder, directory: str | Path, *, max_shard_bytes: float = 5e9)
       directory: made when missing; other files in it, such as a tokenizer, stay.
       max_shard_bytes: largest file; more is split, with an index.
     """
-    if not isinstance(model, Decoder):
-        raise TypeError(f"save needs a Decoder, got {type(model).__name__}.")
+    kind = next((k for k in (TEXT, VISION) if isinstance(model, k.model)), None)
+    if kind is None:
+        raise TypeError(f"save needs a Decoder or a ViT, got {type(model).__name__}.")
     if not max_shard_bytes > 0:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} must be positive.")
     path = Path(directory).expanduser()
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; save needs a directory.")
-    config = to_hf(model.cfg)
-    shards = _split(_tensors(model, NAME_MAPS.get(config["model_type"])), max_shard_bytes)
+    config = kind.to_hf(model.cfg)
+    shards = _split(_tensors(model, kind.names_of(config)), max_shard_bytes)
     files = (
         [WEIGHTS]
         if len(shards) == 1
@@ -362,7 +388,7 @@ def _split(tensors: list[Tensor], max_bytes: float) -> list[list[Tensor]]:
     return shards
 
 
-def _tensors(model: Decoder, names_of: NameMap | None) -> list[Tensor]:
+def _tensors(model: Decoder | ViT, names_of: NameMap | None) -> list[Tensor]:
     """The tensors of a model's files: the outer ones, then layer by layer."""
     leaves = {path: leaf.get_raw_value() for path, leaf in _flatten(model)[0].items()}
     homes = _homes(model.cfg, names_of, leaves)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxheads.models.configs import ModelConfig
+from jaxheads.models.vit_configs import ViTConfig
 
 
 class Row(NamedTuple):
@@ -48,8 +49,12 @@ IGNORED = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias|embed_positions
 """Buffers that old versions stored: causal masks and rotary tables, both computed here."""
 
 
-def axis_sizes(cfg: ModelConfig) -> dict[str, int]:
+def axis_sizes(cfg: ModelConfig | ViTConfig) -> dict[str, int]:
     """Sizes of the letters in layouts."""
+    if isinstance(cfg, ViTConfig):
+        own = {"c": cfg.channels, "i": cfg.patch_size, "j": cfg.patch_size, "p": cfg.num_tokens}
+    else:
+        own = {"e": cfg.embed_dim, "p": cfg.max_positions + cfg.position_offset}
     return {
         "m": cfg.model_dim,
         "h": cfg.num_heads,
@@ -57,9 +62,8 @@ def axis_sizes(cfg: ModelConfig) -> dict[str, int]:
         "d": cfg.head_dim,
         "f": cfg.mlp_dim,
         "v": cfg.vocab_size,
-        "e": cfg.embed_dim,
-        "p": cfg.max_positions + cfg.position_offset,
-    }  # type: ignore[dict-item]
+        **own,
+    }
 
 
 def _split(layout: str) -> tuple[list[list[str]], list[str]]:
@@ -89,7 +93,7 @@ def view(tensor: np.ndarray, row: Row, sizes: Mapping[str, int]) -> np.ndarray:
     groups, right = _split(row.layout)
     axes = [x for group in groups for x in group]
     tensor = tensor.reshape([_length([x], sizes) for x in axes])
-    for i, axis in enumerate(axes):
+    for i, axis in reversed(list(enumerate(axes))):
         if axis.isdigit():
             tensor = tensor[(slice(None),) * i + (row.part,)]
     axes = [x for x in axes if not x.isdigit()]
@@ -105,7 +109,7 @@ def assemble(rows: list[Row], values: list[np.ndarray], sizes: Mapping[str, int]
     return tensor
 
 
-def _linear(path: str, name: str, weight: str, bias: str, part: int = 0) -> tuple[Row, ...]:
+def linear_rows(path: str, name: str, weight: str, bias: str, part: int = 0) -> tuple[Row, ...]:
     """Rows of a weight ``....wq`` and its bias ``....bq``, where the model has one."""
     owner, _, last = path.rpartition(".")
     return (
@@ -114,7 +118,8 @@ def _linear(path: str, name: str, weight: str, bias: str, part: int = 0) -> tupl
     )
 
 
-def _norm(path: str, name: str, axis: str = "m") -> tuple[Row, ...]:
+def norm_rows(path: str, name: str, axis: str = "m") -> tuple[Row, ...]:
+    """Rows of a norm's weight and bias."""
     same = f"{axis} -> {axis}"
     return (
         Row(f"{path}.weight", f"{name}.weight", same),
@@ -125,38 +130,40 @@ def _norm(path: str, name: str, axis: str = "m") -> tuple[Row, ...]:
 def _attention(name: str, out: str = "o_proj") -> tuple[Row, ...]:
     """Separate projections, each a torch Linear [out,in]."""
     return (
-        *_linear("layers.attention.wq", f"{name}.q_proj", "(h d) m -> m h d", "(h d) -> h d"),
-        *_linear("layers.attention.wk", f"{name}.k_proj", "(k d) m -> m k d", "(k d) -> k d"),
-        *_linear("layers.attention.wv", f"{name}.v_proj", "(k d) m -> m k d", "(k d) -> k d"),
+        *linear_rows("layers.attention.wq", f"{name}.q_proj", "(h d) m -> m h d", "(h d) -> h d"),
+        *linear_rows("layers.attention.wk", f"{name}.k_proj", "(k d) m -> m k d", "(k d) -> k d"),
+        *linear_rows("layers.attention.wv", f"{name}.v_proj", "(k d) m -> m k d", "(k d) -> k d"),
         *_out(f"{name}.{out}"),
     )
 
 
 def _out(name: str, layout: str = "m (h d) -> h d m") -> tuple[Row, ...]:
-    return _linear("layers.attention.wo", name, layout, "m -> m")
+    return linear_rows("layers.attention.wo", name, layout, "m -> m")
 
 
 def _fused(name: str, weight: str, bias: str) -> tuple[Row, ...]:
     """Query, key and value in one tensor, of equal sizes."""
     paths = ("layers.attention.wq", "layers.attention.wk", "layers.attention.wv")
     return tuple(
-        row for part, path in enumerate(paths) for row in _linear(path, name, weight, bias, part)
+        row
+        for part, path in enumerate(paths)
+        for row in linear_rows(path, name, weight, bias, part)
     )
 
 
 def _mlp(into: str, out: str, gate: str = "", w_in="f m -> m f", w_out="m f -> f m"):
     """The MLP's linear maps, stored [out,in] unless said otherwise."""
     rows = (
-        *_linear("layers.mlp.w_in", into, w_in, "f -> f"),
-        *_linear("layers.mlp.w_out", out, w_out, "m -> m"),
+        *linear_rows("layers.mlp.w_in", into, w_in, "f -> f"),
+        *linear_rows("layers.mlp.w_out", out, w_out, "m -> m"),
     )
-    return rows + (_linear("layers.mlp.w_gate", gate, w_in, "f -> f") if gate else ())
+    return rows + (linear_rows("layers.mlp.w_gate", gate, w_in, "f -> f") if gate else ())
 
 
 def _outer(embed: str, final_norm: str, head: str = "lm_head") -> tuple[Row, ...]:
     return (
         Row("embed.table", f"{embed}.weight", "v e -> v e"),
-        *_norm("final_norm", final_norm),
+        *norm_rows("final_norm", final_norm),
         Row("unembed.kernel", f"{head}.weight", "v e -> e v"),
         Row("unembed.bias", f"{head}.bias", "v -> v"),
     )
@@ -167,40 +174,40 @@ _LLAMA_OUTER = _outer("model.embed_tokens", "model.norm")
 _GATED = _mlp(f"{_L}.mlp.up_proj", f"{_L}.mlp.down_proj", f"{_L}.mlp.gate_proj")
 _LLAMA = (
     *_LLAMA_OUTER,
-    *_norm("layers.ln1", f"{_L}.input_layernorm"),
-    *_norm("layers.ln2", f"{_L}.post_attention_layernorm"),
+    *norm_rows("layers.ln1", f"{_L}.input_layernorm"),
+    *norm_rows("layers.ln2", f"{_L}.post_attention_layernorm"),
     *_attention(f"{_L}.self_attn"),
-    *_norm("layers.attention.q_norm", f"{_L}.self_attn.q_norm", "d"),
-    *_norm("layers.attention.k_norm", f"{_L}.self_attn.k_norm", "d"),
+    *norm_rows("layers.attention.q_norm", f"{_L}.self_attn.q_norm", "d"),
+    *norm_rows("layers.attention.k_norm", f"{_L}.self_attn.k_norm", "d"),
     *_GATED,
 )
 _GEMMA = (
     *(row for row in _LLAMA if not row.path.startswith("layers.ln2")),
-    *_norm("layers.ln1_post", f"{_L}.post_attention_layernorm"),
-    *_norm("layers.ln2", f"{_L}.pre_feedforward_layernorm"),
-    *_norm("layers.ln2_post", f"{_L}.post_feedforward_layernorm"),
+    *norm_rows("layers.ln1_post", f"{_L}.post_attention_layernorm"),
+    *norm_rows("layers.ln2", f"{_L}.pre_feedforward_layernorm"),
+    *norm_rows("layers.ln2_post", f"{_L}.post_feedforward_layernorm"),
 )
 _H = "transformer.h.{l}"
 _GPT2 = (
     *_outer("transformer.wte", "transformer.ln_f"),
     Row("position.table", "transformer.wpe.weight", "p m -> p m"),
-    *_norm("layers.ln1", f"{_H}.ln_1"),
-    *_norm("layers.ln2", f"{_H}.ln_2"),
+    *norm_rows("layers.ln1", f"{_H}.ln_1"),
+    *norm_rows("layers.ln2", f"{_H}.ln_2"),
     *_fused(f"{_H}.attn.c_attn", "m (3 h d) -> m h d", "(3 h d) -> h d"),
     *_out(f"{_H}.attn.c_proj", "(h d) m -> h d m"),
     *_mlp(f"{_H}.mlp.c_fc", f"{_H}.mlp.c_proj", w_in="m f -> m f", w_out="f m -> f m"),
 )
 _GPTJ = (
     *_outer("transformer.wte", "transformer.ln_f"),
-    *_norm("layers.ln1", f"{_H}.ln_1"),
+    *norm_rows("layers.ln1", f"{_H}.ln_1"),
     *_attention(f"{_H}.attn", "out_proj"),
     *_mlp(f"{_H}.mlp.fc_in", f"{_H}.mlp.fc_out"),
 )
 _N = "gpt_neox.layers.{l}"
 _NEOX = (
     *_outer("gpt_neox.embed_in", "gpt_neox.final_layer_norm", head="embed_out"),
-    *_norm("layers.ln1", f"{_N}.input_layernorm"),
-    *_norm("layers.ln2", f"{_N}.post_attention_layernorm"),
+    *norm_rows("layers.ln1", f"{_N}.input_layernorm"),
+    *norm_rows("layers.ln2", f"{_N}.post_attention_layernorm"),
     *_fused(f"{_N}.attention.query_key_value", "(h 3 d) m -> m h d", "(h 3 d) -> h d"),
     *_out(f"{_N}.attention.dense"),
     *_mlp(f"{_N}.mlp.dense_h_to_4h", f"{_N}.mlp.dense_4h_to_h"),
@@ -211,16 +218,16 @@ _OPT = (
     Row("position.table", "model.decoder.embed_positions.weight", "p m -> p m"),
     Row("project_in", "model.decoder.project_in.weight", "m e -> e m"),
     Row("project_out", "model.decoder.project_out.weight", "e m -> m e"),
-    *_norm("layers.ln1", f"{_O}.self_attn_layer_norm"),
-    *_norm("layers.ln2", f"{_O}.final_layer_norm"),
+    *norm_rows("layers.ln1", f"{_O}.self_attn_layer_norm"),
+    *norm_rows("layers.ln2", f"{_O}.final_layer_norm"),
     *_attention(f"{_O}.self_attn", "out_proj"),
     *_mlp(f"{_O}.fc1", f"{_O}.fc2"),
 )
 _QKV = ("hd", "kd", "kd")
 _PHI3 = (
     *_LLAMA_OUTER,
-    *_norm("layers.ln1", f"{_L}.input_layernorm"),
-    *_norm("layers.ln2", f"{_L}.post_attention_layernorm"),
+    *norm_rows("layers.ln1", f"{_L}.input_layernorm"),
+    *norm_rows("layers.ln2", f"{_L}.post_attention_layernorm"),
     *(
         Row(f"layers.attention.w{x}", f"{_L}.self_attn.qkv_proj.weight", layout, part, _QKV)
         for part, (x, layout) in enumerate(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxheads import heads as head_sets
 from jaxheads.interventions.patch import align_values, check_values, donor_values
-from jaxheads.interventions.per_head import head_axis, intervene_per_head
+from jaxheads.interventions.per_head import head_axis, intervene_per_head, num_tokens_of
 from jaxheads.interventions.places import Place, PositionsLike, mix, over_layers, position_axis
 from jaxheads.models import ModelConfig
 from jaxheads.taps import SITES, Edit, Reduction, TapContext, TappedForward, record, resolve_site
@@ -238,7 +238,7 @@ def mean_activation(
     Args:
       forward: a forward, wrapped or not.
       model: a model.
-      tokens: [B,T].
+      tokens: [B,T], or images [B,H,W,C] of a vision transformer.
       site: a site with the axes B and T (or S), such as ``z`` or ``resid_pre``.
       segment_ids: [B,T]; 0 marks padding.
       per_position: keep the axis of positions; average over the batch only.
@@ -247,10 +247,11 @@ def mean_activation(
     """
     name, _ = resolve_site(site)
     axis = position_axis(name)
-    shape = jnp.shape(tokens)
+    shape = (jnp.shape(tokens)[0], num_tokens_of(model.cfg, tokens))
     weights = jnp.ones(shape) if segment_ids is None else jnp.asarray(segment_ids) != 0
     reduce = Reduction(_Sums(axis, per_position), weights.astype(jnp.float32))
-    return record(forward, site, reduce=reduce)(model, tokens, segment_ids=segment_ids).seen[site]
+    padding: dict[str, Any] = {} if segment_ids is None else {"segment_ids": segment_ids}
+    return record(forward, site, reduce=reduce)(model, tokens, **padding).seen[site]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 
 from jaxheads.models import ModelConfig, Output
+from jaxheads.models.vit_configs import ViTConfig
 from jaxheads.taps import NO_TAPS, SITES, Edit, TappedForward, Taps, as_tapped, resolve_site
 from jaxheads.typing import PyTree
 
@@ -50,13 +51,18 @@ class HeadForward:
         for edit in taps.edits:
             if isinstance(edit.payload, HasPositions):
                 text = kwargs.get("embeddings")
-                length = jnp.shape(tokens if text is None else text)[1]
+                length = num_tokens_of(model.cfg, tokens if text is None else text)
                 edit.payload.check(length, kwargs.get("cache") is not None)
             if isinstance(edit.payload, PerHead):
                 fitted = edit.payload.fit(edit.site, model.cfg)
                 edit = dataclasses.replace(edit, payload=fitted)
             edits.append(edit)
         return self.forward(model, tokens, taps=Taps(tuple(edits), taps.record), **kwargs)
+
+
+def num_tokens_of(cfg: Any, inputs: Any) -> int:
+    """T: the length of a text (ids [B,T] or embeddings [B,T,M]), or how an image is cut."""
+    return cfg.num_tokens if isinstance(cfg, ViTConfig) else jnp.shape(inputs)[1]
 
 
 def intervene_per_head(forward: Callable[..., Any], edit: Edit) -> TappedForward:

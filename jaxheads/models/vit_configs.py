@@ -16,10 +16,7 @@ from jaxheads.models.configs import (
     parse_remat,
 )
 
-FAMILIES = ("vit", "deit")
-
 _CHOICES: Mapping[str, tuple[str, ...]] = {
-    "family": FAMILIES,
     "activation": ("gelu", "gelu_tanh", "relu", "silu", "quick_gelu"),
     "param_dtype": ("float32", "bfloat16", "float16"),
     "compute_dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -46,7 +43,6 @@ class ViTConfig:
       ValueError: for a value outside its choices, naming field, value and rule.
     """
 
-    family: str = "vit"  # Hugging Face model type whose layout `save` writes: vit | deit
     image_size: int = 28  # pixels of a side
     patch_size: int = 7  # pixels of a patch's side; divides image_size
     channels: int = 1
@@ -94,6 +90,11 @@ class ViTConfig:
             )
         parse_remat(self.remat)
         _ = self.mixer
+
+    @property
+    def family(self) -> str:
+        """The Hugging Face model type: only DeiT has a distillation token."""
+        return "deit" if self.distilled else "vit"
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -167,8 +168,15 @@ class ViTConfig:
 
 
 def _imagenet(model_dim: int, num_heads: int) -> ViTConfig:
-    sizes = dict(image_size=224, patch_size=16, channels=3, num_classes=1000, num_layers=12)
-    return ViTConfig(**sizes, model_dim=model_dim, num_heads=num_heads)
+    return ViTConfig(
+        image_size=224,
+        patch_size=16,
+        channels=3,
+        num_classes=1000,
+        num_layers=12,
+        model_dim=model_dim,
+        num_heads=num_heads,
+    )
 
 
 VIT_PRESETS: Mapping[str, Callable[[], ViTConfig]] = {
