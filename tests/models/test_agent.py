@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxheads.models.agent import AgentOptions, AgentSelfAttention
 from jaxheads.models.layers import stack_layers
-from jaxheads.models.vit import ViT, ViTConfig, forward
+from jaxheads.models.vit import VIT_PRESETS, ViT, ViTConfig, forward
 from jaxheads.parallel import make_mesh, shard
 from tests.attention.test_agent import bilinear, by_hand, convolved
 
@@ -181,6 +181,17 @@ def test_start():
     assert stack.ca[...].shape == (2, 1, H, 2, 16) and (an[0] != an[1]).all()
     assert np.abs(stack.conv.weight[...]).max() <= 1 / 3
     assert build("agent(num_agents=5,agents=learned)").layers.attention.agents.shape == (2, 5, H, D)
+
+
+def test_published_size():
+    """Agent-DeiT-T has 6.0 million parameters, DeiT-T 5.7."""
+    count = lambda name: sum(
+        x.size for x in jax.tree.leaves(jax.eval_shape(
+            lambda: ViT(VIT_PRESETS[name](), rngs=nnx.Rngs(0))
+        ))
+    )  # fmt: skip
+    assert round(count("agent-deit-t") / 1e6, 1) == 6.0 and round(count("deit-t") / 1e6, 1) == 5.7
+    assert VIT_PRESETS["agent-deit-b"]().mixer.options.num_agents == 81
 
 
 @pytest.mark.parametrize(
