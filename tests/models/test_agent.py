@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import jaxheads as jh
 from jaxheads.models.agent import AgentOptions, AgentSelfAttention
 from jaxheads.models.layers import stack_layers
 from jaxheads.models.vit import VIT_PRESETS, ViT, ViTConfig, forward
@@ -181,6 +182,15 @@ def test_start():
     assert stack.ca[...].shape == (2, 1, H, 2, 16) and (an[0] != an[1]).all()
     assert np.abs(stack.conv.weight[...]).max() <= 1 / 3
     assert build("agent(num_agents=5,agents=learned)").layers.attention.agents.shape == (2, 5, H, D)
+
+
+def test_saved_and_loaded(tmp_path):
+    model = loud(build("agent(num_agents=3,agents=learned)"))
+    jh.save(model, tmp_path)
+    again = jh.load(tmp_path)
+    assert again.cfg == model.cfg
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_published_size():
