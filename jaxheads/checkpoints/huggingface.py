@@ -40,7 +40,7 @@ from jaxheads.parallel.multihost import is_main_process
 from jaxheads.typing import PyTree
 
 
-class Kind(NamedTuple):
+class ModelKind(NamedTuple):
     """A kind of model that has directories."""
 
     model: Any
@@ -57,8 +57,8 @@ def _text_names(config: Mapping[str, Any]) -> NameMap | None:
     return NAME_MAPS.get(config["model_type"])
 
 
-TEXT = Kind(Decoder, from_hf, to_hf, _text_names, with_config)
-VISION = Kind(ViT, vision.from_hf, vision.to_hf, vision.name_map, vit.with_config)
+TEXT = ModelKind(Decoder, from_hf, to_hf, _text_names, with_config)
+VISION = ModelKind(ViT, vision.from_hf, vision.to_hf, vision.name_map, vit.with_config)
 
 
 def load(path_or_name: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> Any:

@@ -15,6 +15,7 @@ from jaxheads.models.decoder import (
 )
 from jaxheads.models.presets import PRESETS
 from jaxheads.models.resume import Layers, read_out, resume, run_layer, run_layers
+from jaxheads.models.vit import ViT, ViTConfig
 
 __all__ = [
     "ARCHITECTURES",
@@ -25,6 +26,8 @@ __all__ = [
     "Layers",
     "ModelConfig",
     "Output",
+    "ViT",
+    "ViTConfig",
     "check_token_ids",
     "compute_dtype",
     "forward",
