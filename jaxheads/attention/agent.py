@@ -103,7 +103,7 @@ def agent_attention(
     agents = _checked(q, k, v, agents, bias_qa, bias_ak, key_mask, causal)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     with jax.named_scope("attention.agent"):
-        weights, total, _ = _weights_of_keys(agents, k, bias_ak, key_mask, scale, axis_name)
+        weights, total = _weights_of_keys(agents, k, bias_ak, key_mask, scale, axis_name)
         read = jnp.einsum("bkgns,bskw->bkgnw", weights.astype(v.dtype), v,
                           preferred_element_type=weights.dtype)  # fmt: skip
         if axis_name is not None:
@@ -145,7 +145,7 @@ def agent_attention_matrix(
     """
     agents = _checked(q, k, k, agents, bias_qa, bias_ak, key_mask, False)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    weights, total, _ = _weights_of_keys(agents, k, bias_ak, key_mask, scale, None)
+    weights, total = _weights_of_keys(agents, k, bias_ak, key_mask, scale, None)
     phi_k = (weights / total[..., None]).reshape(q.shape[0], q.shape[2], -1, k.shape[1])
     phi_q = _weights_of_agents(q, agents, bias_qa, scale if scale2 is None else scale2)
     return jnp.einsum("bhtn,bhns->bhts", phi_q, phi_k)
@@ -177,8 +177,8 @@ def _weights_of_keys(
     key_mask: Array | None,
     scale: float,
     axis_name: str | None,
-) -> tuple[Array, Array, Array]:
-    """exp(scores - highest) [B,K,G,n,S], their sum and the highest [B,K,G,n], over all devices."""
+) -> tuple[Array, Array]:
+    """exp(scores - highest) [B,K,G,n,S] and their sum [B,K,G,n], both over all devices' keys."""
     batch, num_agents, num_heads, head_dim = agents.shape
     num_keys, kv_heads = k.shape[1:3]
     dtype = jnp.promote_types(agents.dtype, jnp.float32)
@@ -197,7 +197,7 @@ def _weights_of_keys(
     total = jnp.sum(weights, axis=-1)
     if axis_name is not None:
         total = jax.lax.psum(total, axis_name)
-    return weights, jnp.where(total == 0, 1, total), highest
+    return weights, jnp.where(total == 0, 1, total)
 
 
 def _weights_of_agents(q: Array, agents: Array, bias: Array | None, scale: float) -> Array:

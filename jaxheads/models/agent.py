@@ -158,9 +158,9 @@ class AgentSelfAttention(Attention):
         q, k, v = project_heads(self, x, tap, reduced)
         bias_qa = bias_ak = None
         if options.use_bias:
-            made = (getattr(self, name) for name in AgentBias._fields)
-            values = AgentBias(*(None if p is None else p[...].astype("float32") for p in made))
-            bias_qa, bias_ak = agent_bias(values, self.grid, key_grid, extra)
+            made = {name: getattr(self, name) for name in AgentBias._fields}
+            values = {n: p[...].astype("float32") for n, p in made.items() if p is not None}
+            bias_qa, bias_ak = agent_bias(AgentBias(**values), self.grid, key_grid, extra)
         agents = self._agents(q[:, extra:])
         z = agent_attention(q, k, v, agents, bias_qa=bias_qa, bias_ak=bias_ak)
         if self.conv is not None:
