@@ -24,9 +24,10 @@ from jaxheads.attention import (
     agent_attention,
     agent_bias,
     depthwise_conv,
+    init_agent_bias,
     pool_agents,
 )
-from jaxheads.attention.agent_grid import bias_shapes, pooling_matrix, resize_bilinear
+from jaxheads.attention.agent_grid import pooling_matrix, resize_bilinear
 from jaxheads.attention.mixing.features import elu_features, normalised_product
 from jaxheads.models.configs import ModelConfig, check_choices
 from jaxheads.models.layers import Attention, Initializer, Norm, add_bias, normal, normalize, param
@@ -116,14 +117,14 @@ class AgentSelfAttention(Attention):
         axes = (None, "heads", "head_dim")
         is_param = options.agents in ("learned", "frozen")
         self.agents = param(rngs, (n, h, d), axes, normal(1.0), dtype) if is_param else None
-        shapes = bias_shapes(h, n, grid, key_grid, extra_tokens) if options.use_bias else {}
+        sizes = (h, n, grid, key_grid, extra_tokens)
+        start = init_agent_bias(rngs.params(), *sizes) if options.use_bias else None
         for name in AgentBias._fields:
-            shape = shapes.get(name)
-            heads = 0 if name in ("an", "na") else 1
-            axes = tuple("heads" if i == heads else None for i in range(4 if heads == 0 else 5))
+            value, heads = getattr(start, name, None), int(name not in ("an", "na"))
             made = None
-            if shape is not None:
-                made = param(rngs, shape, axes[: len(shape)], _truncated(0.02), dtype)
+            if value is not None:
+                axes = tuple("heads" if i == heads else None for i in range(value.ndim))
+                made = param(rngs, value.shape, axes, _given(value), dtype)
             setattr(self, name, made)
         is_reduced = options.sr_ratio > 1
         self.reduction = Reduction(cfg, options.sr_ratio, rngs=rngs) if is_reduced else None
@@ -229,11 +230,8 @@ def _uniform(bound: float) -> Initializer:
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def _truncated(stddev: float) -> Initializer:
-    """Normal, cut at two deviations."""
-    return lambda key, shape, dtype: (
-        stddev * jax.random.truncated_normal(key, -2, 2, shape, dtype)
-    ).astype(dtype)
+def _given(value: Array) -> Initializer:
+    return lambda key, shape, dtype: value.astype(dtype)
 
 
 def _agent_module(cfg: ViTConfig, *, rngs: nnx.Rngs) -> AgentSelfAttention:
