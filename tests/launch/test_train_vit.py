@@ -24,21 +24,20 @@ SETTINGS = ("train.steps=40", "train.batch_size=32", "train.warmup_steps=5", "tr
 SIZES = ("model.num_layers=2", "model.model_dim=16", "model.num_heads=2", "model.patch_size=4")
 
 
-def quadrants(count, seed):
-    """Noise in which one quarter of the image is brighter, and its number."""
+def textures(count, seed):
+    """Noise under rows, columns, a chessboard or nothing, and which of them."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 4, count)
-    pixels = rng.integers(0, 150, (count, 8, 8), np.uint8)
-    for image, label in zip(pixels, labels):
-        row, column = 4 * (label // 2), 4 * (label % 2)
-        image[row : row + 4, column : column + 4] += 60
-    return pixels, labels
+    row, column = np.mgrid[:8, :8]
+    bright = 100 * np.stack([row % 2, column % 2, (row + column) % 2, 0 * row])
+    pixels = rng.integers(0, 100, (count, 8, 8)) + bright[labels]
+    return pixels.astype(np.uint8), labels
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("images") / "quadrants.npz"
-    (train_x, train_y), (test_x, test_y) = quadrants(320, 0), quadrants(101, 1)
+    path = tmp_path_factory.mktemp("images") / "textures.npz"
+    (train_x, train_y), (test_x, test_y) = textures(320, 0), textures(101, 1)
     np.savez(path, train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y)
     return path
 
@@ -127,4 +126,4 @@ def test_digits_are_read(tmp_path):
     pytest.importorskip("sklearn")
     settings = ["train.steps=300", "train.batch_size=64", "train.lr=2e-3", "model.num_layers=2"]
     plan = resolve(data="digits", workdir=str(tmp_path), mesh="data:1", set=settings)
-    assert run(plan, {})["test"]["accuracy"] >= 0.9
+    assert run(plan, {})["test"]["accuracy"] >= 0.85  # 0.91 here; chance is 0.1
