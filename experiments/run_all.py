@@ -32,6 +32,7 @@ What the experiments claim and measured. Written by `python -m experiments.run_a
 (`experiments/why.json`).
 """
 PAPERS: Mapping[str, str] = {
+    "agent_attention": "Agent Attention, arXiv:2312.08874",
     "cca": "CCA-attention, arXiv:2412.12465",
     "circuit_reuse": "Circuit component reuse, arXiv:2310.08744",
     "dare": "DARE, arXiv:2410.02604",

@@ -2,6 +2,18 @@
 
 from collections.abc import Mapping
 
+from jaxheads.attention.agent import (
+    AgentBias,
+    adaptive_avg_pool_2d,
+    agent_attention,
+    agent_attention_matrix,
+    agent_bias,
+    agent_flops,
+    depthwise_conv,
+    init_agent_bias,
+    pool_agents,
+    resize_agent_bias,
+)
 from jaxheads.attention.api import (
     IMPLEMENTATIONS,
     AttentionOutput,
@@ -102,6 +114,9 @@ from jaxheads.attention.s2 import (
 )
 from jaxheads.attention.s2_variant import S2, S2Options, dense_every
 from jaxheads.attention.softmax import SOFTMAX
+from jaxheads.attention.token_merge import MergePlan, bipartite_soft_matching
+from jaxheads.attention.token_merge import merge as merge_tokens
+from jaxheads.attention.token_merge import unmerge as unmerge_tokens
 
 VARIANTS: Mapping[str, Variant] = {
     "cca": CCA,
@@ -120,6 +135,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "MASK_VALUE",
     "VARIANTS",
+    "AgentBias",
     "AttentionContext",
     "AttentionOutput",
     "AxisNames",
@@ -134,6 +150,7 @@ __all__ = [
     "LongHeadsInfo",
     "LongHeadsOptions",
     "Mask",
+    "MergePlan",
     "MoHOptions",
     "MoHOutput",
     "MoHStats",
@@ -148,12 +165,18 @@ __all__ = [
     "Supports",
     "Variant",
     "WeightedOutput",
+    "adaptive_avg_pool_2d",
+    "agent_attention",
+    "agent_attention_matrix",
+    "agent_bias",
+    "agent_flops",
     "alibi_slopes",
     "attend",
     "attention",
     "attention_block",
     "attention_pool_flops",
     "attention_pool_params",
+    "bipartite_soft_matching",
     "blocked_attention",
     "blockwise_attention",
     "cca_attention",
@@ -164,11 +187,13 @@ __all__ = [
     "dense_attention",
     "dense_every",
     "depthwise_causal_conv",
+    "depthwise_conv",
     "distributed_attention",
     "duo_attention_step",
     "duo_attention_train",
     "duo_layers",
     "finalize",
+    "init_agent_bias",
     "init_rel_conv",
     "inverse_frequencies",
     "lengths_to_mask",
@@ -178,17 +203,20 @@ __all__ = [
     "low_rank_attention_scores",
     "mdha",
     "merge_partitions",
+    "merge_tokens",
     "mha",
     "moh_attention",
     "moh_combine",
     "moh_gates",
     "norm_router_gates",
+    "pool_agents",
     "rcmha",
     "relative_attention",
     "relative_position_scores",
     "relative_position_scores_gather",
     "relative_score_terms",
     "relative_table",
+    "resize_agent_bias",
     "ring_schedule",
     "rmha",
     "rotate",
@@ -200,6 +228,7 @@ __all__ = [
     "shard_sequence",
     "streaming_attention",
     "streaming_mask",
+    "unmerge_tokens",
     "unshard_sequence",
     "vanilla_attention",
 ]

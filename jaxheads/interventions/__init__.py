@@ -2,6 +2,7 @@
 
 from jaxheads.interventions.ablate import ablate, mean_activation, mean_z
 from jaxheads.interventions.affine import AffineEdit, steer
+from jaxheads.interventions.agent import agent_plugin
 from jaxheads.interventions.attention_rows import (
     PatternOverride,
     ScoreBias,
@@ -25,6 +26,7 @@ __all__ = [
     "PatternOverride",
     "ScoreBias",
     "ablate",
+    "agent_plugin",
     "base_forward",
     "bias_scores",
     "chunks_read",

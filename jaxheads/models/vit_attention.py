@@ -18,59 +18,27 @@ ever describes one layer; `project_heads` and `merge_out` are the projections, t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
 
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxheads import attention
-from jaxheads.models.layers import Attention, add_bias
+from jaxheads.models.agent import AGENT, LINEAR
+from jaxheads.models.agent_merged import MERGED_AGENT
+from jaxheads.models.layers import Attention
 from jaxheads.models.vit_configs import ViTConfig
-from jaxheads.parallel import constrain
+from jaxheads.models.vit_heads import HEAD_SITES, VisionAttention, merge_out, project_heads
 from jaxheads.taps import Tap
 from jaxheads.typing import Array
 
-HEAD_SITES = frozenset({"q", "k", "v", "z", "head_out"})
-"""The sites of `project_heads` and `merge_out`."""
-
-
-class VisionAttention(NamedTuple):
-    """A row of `VISION_ATTENTIONS`."""
-
-    module: Callable[..., Any]
-    """(cfg: ViTConfig, *, rngs) -> the module that holds a layer's parameters."""
-    attend: Callable[[Any, Array, ViTConfig, Tap], Array]
-    """(module, x [B,T,M] the normed input, cfg, tap) -> [B,T,M], added to the residual stream."""
-    options: type | None = None
-    """A frozen dataclass with defaults: what parentheses after the name may set."""
-    sites: frozenset[str] = HEAD_SITES
-    """The tap sites it forms, of those of the part of a layer that mixes tokens."""
-
-
-def project_heads(weights: Attention, x: Array, tap: Tap) -> tuple[Array, Array, Array]:
-    """x [B,T,M] -> q, k, v [B,T,H,D], each through its tap."""
-
-    def project(site: str, w: nnx.Param, bias: nnx.Param | None) -> Array:
-        y = add_bias(jnp.einsum("btm,mhd->bthd", x, w[...].astype(x.dtype)), bias)
-        return tap(site, constrain(y, ("batch", "length", "act_heads", None)))
-
-    return (
-        project("q", weights.wq, weights.bq),
-        project("k", weights.wk, weights.bk),
-        project("v", weights.wv, weights.bv),
-    )
-
-
-def merge_out(weights: Attention, z: Array, tap: Tap) -> Array:
-    """Heads' outputs z [B,T,H,D] -> [B,T,M], through the taps `z` and, on demand, `head_out`."""
-    z = tap("z", constrain(z, ("batch", "length", "act_heads", None)))
-    wo = weights.wo[...].astype(z.dtype)
-    if tap.wants("head_out"):
-        y = jnp.sum(tap("head_out", jnp.einsum("bthd,hdm->bthm", z, wo)), axis=2)
-    else:
-        y = jnp.einsum("bthd,hdm->btm", z, wo)
-    return add_bias(y, weights.bo)
+__all__ = [
+    "HEAD_SITES",
+    "VISION_ATTENTIONS",
+    "VisionAttention",
+    "merge_out",
+    "project_heads",
+    "softmax_attend",
+]
 
 
 def _softmax_module(cfg: ViTConfig, *, rngs: nnx.Rngs) -> Attention:
@@ -99,6 +67,9 @@ def softmax_attend(weights: Attention, x: Array, cfg: ViTConfig, tap: Tap) -> Ar
 
 
 VISION_ATTENTIONS: Mapping[str, VisionAttention] = {
+    "agent": AGENT,
+    "linear": LINEAR,
+    "merged-agent": MERGED_AGENT,
     "softmax": VisionAttention(
         _softmax_module,
         softmax_attend,

@@ -167,7 +167,7 @@ class ViTConfig:
         )
 
 
-def _imagenet(model_dim: int, num_heads: int) -> ViTConfig:
+def _imagenet(model_dim: int, num_heads: int, attention: str = "softmax") -> ViTConfig:
     return ViTConfig(
         image_size=224,
         patch_size=16,
@@ -176,6 +176,7 @@ def _imagenet(model_dim: int, num_heads: int) -> ViTConfig:
         num_layers=12,
         model_dim=model_dim,
         num_heads=num_heads,
+        attention=attention,
     )
 
 
@@ -185,6 +186,10 @@ VIT_PRESETS: Mapping[str, Callable[[], ViTConfig]] = {
     "deit-t": lambda: _imagenet(192, 3),
     "deit-s": lambda: _imagenet(384, 6),
     "deit-b": lambda: _imagenet(768, 12),
+    "agent-deit-t": lambda: _imagenet(192, 3, "agent(num_agents=49)"),
+    "agent-deit-s": lambda: _imagenet(384, 6, "agent(num_agents=49)"),
+    "agent-deit-b": lambda: _imagenet(768, 12, "agent(num_agents=81)"),
 }
 """Sizes by name: ViT-B/16 (Dosovitskiy et al., 2021, arXiv:2010.11929), DeiT without distillation
-(Touvron et al., 2021, arXiv:2012.12877), and one for 28 x 28 pixels."""
+(Touvron et al., 2021, arXiv:2012.12877), the same with agent attention (Han et al., 2024,
+arXiv:2312.08874), and one for 28 x 28 pixels."""
