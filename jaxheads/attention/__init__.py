@@ -46,6 +46,14 @@ from jaxheads.attention.duo import (
     streaming_mask,
 )
 from jaxheads.attention.duo_variant import DUO, DuoOptions, duo_layers
+from jaxheads.attention.landmark import (
+    LandmarkOutput,
+    grouped_softmax,
+    insert_landmarks,
+    landmark_attention,
+    landmark_places,
+    strip_landmarks,
+)
 from jaxheads.attention.layouts import ring_schedule, shard_sequence, unshard_sequence
 from jaxheads.attention.longheads import (
     LongHeadsCache,
@@ -130,6 +138,7 @@ __all__ = [
     "DuoOptions",
     "HeadsOut",
     "Implementation",
+    "LandmarkOutput",
     "LongHeadsCache",
     "LongHeadsInfo",
     "LongHeadsOptions",
@@ -169,8 +178,12 @@ __all__ = [
     "duo_attention_train",
     "duo_layers",
     "finalize",
+    "grouped_softmax",
     "init_rel_conv",
+    "insert_landmarks",
     "inverse_frequencies",
+    "landmark_attention",
+    "landmark_places",
     "lengths_to_mask",
     "load_balance_loss",
     "longheads_attention",
@@ -200,6 +213,7 @@ __all__ = [
     "shard_sequence",
     "streaming_attention",
     "streaming_mask",
+    "strip_landmarks",
     "unshard_sequence",
     "vanilla_attention",
 ]
