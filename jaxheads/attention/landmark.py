@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -174,7 +174,7 @@ def landmark_attention(
             )
         first = num_keys - q.shape[1]
         block = _check_regular(is_landmark, block_size, first)
-        y = block_attention(
+        y: Any = block_attention(
             group_heads(q, k.shape[2]), k, v, q_ids, k_ids, Regular(block, scale, first)
         )
         fits = (is_landmark == landmark_places(num_keys, block)).all(axis=1)
