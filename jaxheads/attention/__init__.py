@@ -54,6 +54,13 @@ from jaxheads.attention.landmark import (
     landmark_places,
     strip_landmarks,
 )
+from jaxheads.attention.landmark_cache import LandmarkCache, stingy_positions
+from jaxheads.attention.landmark_variant import (
+    LANDMARK,
+    LandmarkOptions,
+    Landmarks,
+    landmarks_of,
+)
 from jaxheads.attention.layouts import ring_schedule, shard_sequence, unshard_sequence
 from jaxheads.attention.longheads import (
     LongHeadsCache,
@@ -116,6 +123,7 @@ VARIANTS: Mapping[str, Variant] = {
     "dense": SOFTMAX,
     "dmha": DMHA,
     "duo": DUO,
+    "landmark": LANDMARK,
     "longheads": LONGHEADS,
     "moh": MOH,
     "rcmha": RCMHA,
@@ -138,7 +146,10 @@ __all__ = [
     "DuoOptions",
     "HeadsOut",
     "Implementation",
+    "LandmarkCache",
+    "LandmarkOptions",
     "LandmarkOutput",
+    "Landmarks",
     "LongHeadsCache",
     "LongHeadsInfo",
     "LongHeadsOptions",
@@ -184,6 +195,7 @@ __all__ = [
     "inverse_frequencies",
     "landmark_attention",
     "landmark_places",
+    "landmarks_of",
     "lengths_to_mask",
     "load_balance_loss",
     "longheads_attention",
@@ -211,6 +223,7 @@ __all__ = [
     "select_chunks",
     "select_implementation",
     "shard_sequence",
+    "stingy_positions",
     "streaming_attention",
     "streaming_mask",
     "strip_landmarks",

@@ -164,6 +164,7 @@ def retrieve(
     rotate: Rotate,
     scale: float | None = None,
     valid: Array | None = None,
+    key: Array | None = None,
 ) -> Array:
     """The blocks that the tokens of a chunk read.
 
@@ -180,6 +181,7 @@ def retrieve(
       rotate: (x [B,T,H,D], positions [B,T,H]) -> x.
       scale: factor on q.k; None = 1/sqrt(D).
       valid: [B,T] bool, real tokens, which come first; others have no say in "max_over_tokens".
+      key: draw blocks at random instead (a control).
     Returns:
       `ChunkInfo.blocks`.
     Raises:
@@ -208,6 +210,8 @@ def retrieve(
     scores = scores.reshape(scores.shape[0], -1, *scores.shape[3:])  # [B,H,T,M]
     exists = (age < held)[:, None, None]
     gamma = jax.nn.softmax(scores.astype(jnp.float32) + penalty(exists), axis=-1)
+    if key is not None:
+        gamma = jax.random.uniform(key, gamma.shape)
     gamma = jnp.where(exists, jax.lax.stop_gradient(gamma), -1.0)
     if valid is not None:
         gamma = jnp.where(valid[:, None, :, None], gamma, -1.0)
@@ -428,11 +432,13 @@ def extend(
     chunk: int,
     scale: float,
     valid: Array | None = None,
+    key: Array | None = None,
 ) -> tuple[Array, LandmarkCache]:
     """Any number of new tokens, `chunk` at a time: y [B,T,H,D] and the new cache.
 
     Args:
       valid: [B,T] bool; other tokens are padding, anywhere: they are not kept, and get zeros.
+      key: read blocks at random, others in every chunk.
     """
     batch, num_new = q.shape[:2]
     back = None
@@ -443,7 +449,11 @@ def extend(
 
     def step(cache: LandmarkCache, piece: tuple[Array, ...]):
         q, k, v, valid = piece
-        blocks = retrieve(cache, q, top_k, policy, rotate=rotate, scale=scale, valid=valid)
+        place = cache.num_complete.max() * (cache.block_size + 1) + cache.num_tail.max()
+        drawn = None if key is None else jax.random.fold_in(key, place)
+        blocks = retrieve(
+            cache, q, top_k, policy, rotate=rotate, scale=scale, valid=valid, key=drawn
+        )
         y, cache, _ = _attend(cache, q, k, v, blocks, rotate, scale, valid)
         return cache, y
 
