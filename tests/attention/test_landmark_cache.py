@@ -146,7 +146,9 @@ def whole():
     return (q, k, v), run(turn(q, place), turn(k, place), v, is_landmark)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    "policy", [POLICIES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in POLICIES[1:])]
+)
 def test_with_enough_blocks_chunks_equal_the_whole(whole, policy):
     qkv, want = whole
     y, _, _ = feed(qkv, [15] * 3, num_blocks=11, top_k=20, policy=policy)
@@ -199,6 +201,7 @@ def test_extend_takes_chunks_and_leaves_padding_out(whole):
     assert cache.num_complete.tolist() == [11, 4] and cache.num_tail.tolist() == [1, 2]
 
 
+@pytest.mark.slow
 def test_sharded_equals_single(whole):
     qkv, _ = whole
     want = feed(qkv, [CHUNK] * 5, 6, 2)[0]

@@ -130,6 +130,7 @@ def test_what_it_refuses(model):
         place_landmarks(forward, -1)
 
 
+@pytest.mark.slow
 def test_random_blocks_are_a_control(model):
     run = functools.partial(forward, tokens=TOKENS)
     logits = [
