@@ -1,7 +1,8 @@
 """Landmark attention: trained on short texts, does it find a needle in long ones, reading little?
 
-Texts of keys, each with a value of its own in its text, mentioned over and over among filler; after
-a key its value can be told by whoever finds an earlier mention. A landmark model (4 layers, blocks
+Texts tell the values of keys, a token for each key and value, among filler, and ask for them: after
+the token that asks for a key comes its value, which whoever finds where it was told can say. A
+landmark model (4 layers, blocks
 of 8, T = 112 tokens of text and 14 landmarks) and a plain one are trained alike. Then a text of up
 to 8 T asks for keys mentioned once, anywhere before: the landmark model reads 2 blocks of the past,
 the plain one everything, or a window of as many tokens:
@@ -43,16 +44,21 @@ from jaxheads.parallel.program import analyze
 from jaxheads.typing import Array, PyTree
 from launch import flags
 
-TEXT, BLOCK = 112, 8
+TEXT, BLOCK = 64, 8
 """T and l, in tokens of text."""
-NUM_KEYS, NUM_VALUES, NUM_FILLER, NUM_ASKED = 64, 16, 8, 8
-VALUE, FILL = NUM_KEYS, NUM_KEYS + NUM_VALUES  # where their ids begin
+NUM_KEYS, NUM_VALUES, NUM_FILLER, NUM_ASKED = 16, 8, 8, 8
+ASK = NUM_KEYS * NUM_VALUES  # told: key * NUM_VALUES + value; asked: ASK + key
+VALUE = ASK + NUM_KEYS
+FILL = VALUE + NUM_VALUES
 MARK = FILL + NUM_FILLER  # the landmark's
 PERIOD, TOP_K = BLOCK + 1, 2
 CHUNK = 2 * PERIOD
 QUESTIONS = 2 * NUM_ASKED  # tokens at the end of a text: one chunk with its landmarks
 TIMES = (1, 2, 4, 8)
-BATCH, STEPS, LEARNING_RATE = 16, 1200, 3e-3
+BATCH, STEPS, LEARNING_RATE = 32, 1200, 3e-3
+TOLD, ASKED = 0.4, 0.3  # shares of pairs that tell a value, and that ask for one
+OTHERS = 0.02
+"""Weight in training of all other tokens."""
 READ = TOP_K * PERIOD + BLOCK + CHUNK
 """Tokens that a query reads at most: blocks, the running block, the chunk."""
 
@@ -72,52 +78,64 @@ def config(attention: str) -> ModelConfig:
 
 
 class Texts(NamedTuple):
-    """Texts of pairs (key, value or filler, filler) that end in questions."""
+    """Texts that end in questions."""
 
     tokens: Array
     """[B,N], landmarks not among them."""
     places: Array
-    """[B,M] where the keys that are asked for are mentioned; at the end they are asked."""
+    """[B,M] where the values that are asked for at the end are told."""
+
+
+def pairs_of(kind: Array, keys: Array, code: Array, filler: Array) -> Array:
+    """[2 N] tokens of N pairs.
+
+    Args:
+      kind: [N] 0: a key's value is told, 1: it is asked for and given, 2: filler.
+      keys: [N]; code: [NUM_KEYS] their values; filler: [N,2].
+    """
+    told = jnp.stack([keys * NUM_VALUES + code[keys], filler[:, 1]], axis=-1)
+    asked = jnp.stack([ASK + keys, VALUE + code[keys]], axis=-1)
+    kind = kind[:, None]
+    return jnp.where(kind == 0, told, jnp.where(kind == 1, asked, filler)).reshape(-1)
 
 
 def stream(times: int, key: Array, num_keys: int | None = None) -> Array:
-    """[BATCH, times * TEXT] tokens: pairs, of which half mention a key of the text.
+    """[BATCH, times * TEXT] tokens of text.
 
     Args:
-      num_keys: keys that a text draws from; None: 8, 16, 32 or all, a draw for each text.
+      num_keys: keys that a text draws from; None: 4, 8 or all 16, a draw for each text.
     """
 
     def one(key: Array) -> Array:
-        many, which, pick, values, is_key, fill = jax.random.split(key, 6)
-        size = 8 * 2 ** jax.random.randint(many, (), 0, 4) if num_keys is None else num_keys
+        many, which, pick, values, kinds, fill = jax.random.split(key, 6)
+        size = 4 * 2 ** jax.random.randint(many, (), 0, 3) if num_keys is None else num_keys
         own = jax.random.permutation(which, NUM_KEYS)
-        pairs = times * TEXT // 2
-        key_ids = own[jax.random.randint(pick, (pairs,), 0, size)]
-        code = VALUE + jax.random.randint(values, (NUM_KEYS,), 0, NUM_VALUES)
-        filler = jax.random.randint(fill, (pairs, 2), FILL, MARK)
-        told = jnp.stack([key_ids, code[key_ids]], axis=-1)
-        return jnp.where(jax.random.bernoulli(is_key, shape=(pairs, 1)), told, filler).reshape(-1)
+        count = times * TEXT // 2
+        keys = own[jax.random.randint(pick, (count,), 0, size)]
+        code = jax.random.randint(values, (NUM_KEYS,), 0, NUM_VALUES)
+        drawn = jax.random.uniform(kinds, (count,))
+        kind = (drawn >= TOLD).astype(jnp.int32) + (drawn >= TOLD + ASKED)
+        return pairs_of(kind, keys, code, jax.random.randint(fill, (count, 2), FILL, MARK))
 
     return jax.vmap(one)(jax.random.split(key, BATCH))
 
 
 def needles(times: int, key: Array) -> Texts:
-    """Texts of the same kind in which NUM_ASKED keys are mentioned once, and asked at the end."""
+    """Texts that tell NUM_ASKED values once, and ask for them at the end."""
 
     def one(key: Array) -> Texts:
-        which, pick, values, is_key, fill, where = jax.random.split(key, 6)
+        which, pick, values, kinds, fill, where = jax.random.split(key, 6)
         own = jax.random.permutation(which, NUM_KEYS)
         asked, others = own[:NUM_ASKED], own[NUM_ASKED:]
-        pairs = times * TEXT // 2 - NUM_ASKED
-        key_ids = others[jax.random.randint(pick, (pairs,), 0, NUM_KEYS - NUM_ASKED)]
-        code = VALUE + jax.random.randint(values, (NUM_KEYS,), 0, NUM_VALUES)
-        places = jax.random.permutation(where, pairs)[:NUM_ASKED]
-        told = jax.random.bernoulli(is_key, shape=(pairs,)).at[places].set(True)
-        key_ids = key_ids.at[places].set(asked)
-        filler = jax.random.randint(fill, (pairs, 2), FILL, MARK)
-        hay = jnp.where(told[:, None], jnp.stack([key_ids, code[key_ids]], axis=-1), filler)
-        ask = jnp.stack([asked, code[asked]], axis=-1)
-        return Texts(jnp.concatenate([hay, ask]).reshape(-1), 2 * places + 1)
+        count = times * TEXT // 2 - NUM_ASKED
+        keys = others[jax.random.randint(pick, (count,), 0, NUM_KEYS - NUM_ASKED)]
+        code = jax.random.randint(values, (NUM_KEYS,), 0, NUM_VALUES)
+        places = jax.random.permutation(where, count)[:NUM_ASKED]
+        kind = jnp.where(jax.random.bernoulli(kinds, TOLD, (count,)), 0, 2).at[places].set(0)
+        filler = jax.random.randint(fill, (count, 2), FILL, MARK)
+        hay = pairs_of(kind, keys.at[places].set(asked), code, filler)
+        ask = pairs_of(jnp.ones(NUM_ASKED), asked, code, filler[:NUM_ASKED])
+        return Texts(jnp.concatenate([hay, ask]), 2 * places)
 
     return jax.vmap(one)(jax.random.split(key, BATCH))
 
@@ -128,10 +146,19 @@ def with_marks(tokens: Array) -> Array:
 
 
 def train_loss(has_marks: bool, model: Decoder, tokens: Array) -> Array:
-    """Next-token cross-entropy over the text, and over landmarks where there are any."""
+    """Next-token cross-entropy over the text, and over landmarks where there are any.
+
+    Values that were told before count most: nothing else can be known, and a small model would be
+    long in noticing.
+    """
     tokens = with_marks(tokens) if has_marks else tokens
-    logits = forward(model, tokens).logits[:, :-1]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    logits, targets = forward(model, tokens).logits[:, :-1], tokens[:, 1:]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    told = jnp.where(tokens < ASK, tokens // NUM_VALUES, NUM_KEYS)[:, None, :-1]
+    asked = tokens[:, :-1] - ASK
+    is_known = jnp.tril(told == asked[..., None]).any(-1) & (asked < NUM_KEYS)  # [B,N]
+    weights = jnp.where(is_known, 1.0, OTHERS)
+    return (weights * losses).sum() / weights.sum()
 
 
 def text_loss(changes: dict[str, Any], model: Decoder, tokens: Array) -> Array:

@@ -12,14 +12,17 @@ def test_needles_are_told_once_and_asked_at_the_end():
     hay, ask = texts.tokens[:, : -experiment.QUESTIONS], texts.tokens[:, -experiment.QUESTIONS :]
     for row, places in enumerate(texts.places):
         for n, place in enumerate(places):
-            key, value = ask[row, 2 * n : 2 * n + 2]
-            assert hay[row, place - 1] == key and hay[row, place] == value
-            assert (hay[row] == key).sum() == 1
+            key, value = ask[row, 2 * n] - experiment.ASK, ask[row, 2 * n + 1] - experiment.VALUE
+            assert hay[row, place] == key * experiment.NUM_VALUES + value
+            told = hay[row][hay[row] < experiment.ASK] // experiment.NUM_VALUES
+            assert (told == key).sum() == 1
     stream = np.asarray(experiment.stream(1, jax.random.key(1)))
     for row in stream:
-        pairs = row.reshape(-1, 2)
-        told = pairs[pairs[:, 0] < experiment.NUM_KEYS]
-        assert len(np.unique(told, axis=0)) == len(np.unique(told[:, 0])) < len(told)
+        told = dict(divmod(x, experiment.NUM_VALUES) for x in row if x < experiment.ASK)
+        asked = np.flatnonzero((row >= experiment.ASK) & (row < experiment.VALUE))
+        for at in asked:
+            key, value = row[at] - experiment.ASK, row[at + 1] - experiment.VALUE
+            assert told.get(key, value) == value
     assert len(experiment.with_marks(stream)[0]) == experiment.TEXT // 8 * 9
 
 
