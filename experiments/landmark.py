@@ -3,7 +3,7 @@
 Texts tell the values of keys, a token for each key and value, among filler, and ask for them: after
 the token that asks for a key comes its value, which whoever finds where it was told can say. A
 landmark model (4 layers, blocks
-of 8, T = 112 tokens of text and 14 landmarks) and a plain one are trained alike. Then a text of up
+of 8, T = 64 tokens of text and 8 landmarks) and a plain one are trained alike. Then a text of up
 to 8 T asks for keys mentioned once, anywhere before: the landmark model reads 2 blocks of the past,
 the plain one everything, or a window of as many tokens:
 
