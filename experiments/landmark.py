@@ -2,10 +2,9 @@
 
 Texts tell the values of keys, a token for each key and value, among filler, and ask for them: after
 the token that asks for a key comes its value, which whoever finds where it was told can say. A
-landmark model (4 layers, blocks
-of 8, T = 64 tokens of text and 8 landmarks) and a plain one are trained alike. Then a text of up
-to 8 T asks for keys mentioned once, anywhere before: the landmark model reads 2 blocks of the past,
-the plain one everything, or a window of as many tokens:
+landmark model (4 layers, blocks of 8, T = 64 tokens of text and 8 landmarks) and a plain one are
+trained alike. Then a text of up to 8 T asks for keys told once, anywhere before: the landmark model
+reads 2 blocks of the past, the plain one everything, or a window of as many tokens:
 
     B1  at T its loss is within 0.05 nats of the plain model's
     B2  it finds them at 8 T (>= 0.9 of its accuracy at T), the others do not (< 0.5 of the plain
