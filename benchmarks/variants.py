@@ -33,7 +33,10 @@ from absl import flags as absl_flags
 from launch import flags
 
 OUT = Path(__file__).with_suffix(".json")
-OPTIONS = {"s2": "s2(allow_incomplete_union=true)"}  # fewer heads than its classes
+OPTIONS = {
+    "landmark": "landmark(block=63)",  # a period of 64
+    "s2": "s2(allow_incomplete_union=true)",  # fewer heads than its classes
+}
 """Variant -> the text that names it with options, where the defaults do not serve."""
 HEADS, HEAD_DIM = {"cpu": 2, "tpu": 8}, {"cpu": 64, "tpu": 128}
 TPU, TPU_LENGTHS = "v5e", (32768, 131072)

@@ -40,6 +40,7 @@ PAPERS: Mapping[str, str] = {
     "duo": "DuoAttention, arXiv:2410.10819",
     "lab": "the shipped models",
     "lama": "LAMA, arXiv:1912.00835",
+    "landmark": "Landmark attention, arXiv:2305.16300",
     "long_context_helps": "Distributed multi-head attention, arXiv:2302.06218",
     "longheads": "LongHeads, arXiv:2402.10685",
     "mixers": "Distributed multi-head attention, arXiv:2302.06218",

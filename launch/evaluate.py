@@ -42,11 +42,20 @@ def define_flags() -> None:
 
 def data_config(model: Any, tokenizer: Any, path: str | None, batch_size: int,
                 seq_len: int | None, settings: dict[str, str]) -> Any:  # fmt: skip
-    """The `DataConfig` of the text to evaluate; ``--set data.FIELD`` has the last word."""
+    """The `DataConfig` of the text to evaluate; ``--set data.FIELD`` has the last word.
+
+    Where the model takes landmarks, the text has them, and they do not count.
+    """
+    from jaxheads.attention import landmarks_of
     from jaxheads.data import DataConfig
     from jaxheads.fields import override
 
     cfg = model.cfg
+    marks = landmarks_of(cfg)
+    if marks is not None:
+        own = {"landmark_block": marks.block_size, "landmark_id": marks.token,
+               "landmark_targets": "false"}  # fmt: skip
+        settings = {name: str(value) for name, value in own.items()} | settings
     longest = cfg.max_positions
     if seq_len is not None and cfg.positions == "learned" and seq_len > longest:
         raise ValueError(
@@ -128,8 +137,10 @@ def main() -> int:
     import jax
 
     from jaxheads import models
+    from jaxheads.attention import landmarks_of
     from jaxheads.data.tasks import TASKS
     from jaxheads.evaluation import evaluate_tasks, evaluate_text
+    from jaxheads.interventions import place_landmarks
     from jaxheads.parallel.multihost import is_main_process
 
     given = absl_flags.FLAGS
@@ -166,6 +177,14 @@ def main() -> int:
         return parts
 
     runs = {"baseline": models.forward} | ({} if heads is None else {given.edit: edited})
+    marks = landmarks_of(model.cfg)
+    if marks is not None:
+        if tasks is not None:
+            raise NotImplementedError(
+                "--tasks puts no landmarks into its questions, and this model takes them after "
+                f"every {marks.block_size} tokens; evaluate it on text with --data."
+            )
+        runs = {name: place_landmarks(forward, marks.token) for name, forward in runs.items()}
     with jax.set_mesh(mesh):
         results = {name: evaluate(forward) for name, forward in runs.items()}
     details = {name: parts["tasks"].pop("per_example") for name, parts in results.items()

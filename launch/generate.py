@@ -68,7 +68,9 @@ def main() -> int:
     """Runs the command; returns the exit code."""
     import jax
 
+    from jaxheads.attention import insert_landmarks, landmarks_of
     from jaxheads.generation import generate
+    from jaxheads.interventions import place_landmarks
     from jaxheads.parallel.multihost import is_main_process
 
     given = absl_flags.FLAGS
@@ -83,9 +85,19 @@ def main() -> int:
     ids = tokenizer.encode(given.prompt)
     if not len(ids):
         raise ValueError("--prompt is empty and the tokenizer has no BOS; give some text.")
+    marks = landmarks_of(model.cfg)
+    shown = ids.tolist()
+    if marks is not None:  # they go in here, and not out into the text
+        ids = insert_landmarks(ids, marks.block_size, marks.token)
+        forward = place_landmarks(forward, marks.token, marks.block_size)
     stop = () if tokenizer.eos_id is None or not given.stop_at_eos else (tokenizer.eos_id,)
     out = sys.stdout if is_main_process() else io.StringIO()
-    stream = TextStream(tokenizer, ids.tolist(), out)
+    stream = TextStream(tokenizer, shown, out)
+
+    def write(_: int, new: Any) -> None:
+        if marks is None or int(new[0]) != marks.token:
+            stream.add(int(new[0]))
+
     with jax.set_mesh(mesh):
         generate(
             model,
@@ -97,7 +109,7 @@ def main() -> int:
             top_p=given.top_p,
             stop_tokens=stop,
             forward=forward,
-            callback=lambda _, new: stream.add(int(new[0])),
+            callback=write,
         )
     stream.flush()
     print(file=out, flush=True)

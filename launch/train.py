@@ -154,7 +154,8 @@ def _resolve_model(name: str, base, settings, data):
         cfg = override(PRESETS[name](), ours, section="model")
         if "vocab_size" not in ours:
             tokenizer = Tokenizer.load(data.tokenizer)
-            cfg = dataclasses.replace(cfg, vocab_size=tokenizer.vocab_size)
+            size = tokenizer.vocab_size + (1 if data.landmark_block else 0)
+            cfg = dataclasses.replace(cfg, vocab_size=size)
         return cfg, data, None
     try:
         path = locate(name)

@@ -58,6 +58,21 @@ from jaxheads.attention.duo import (
     streaming_mask,
 )
 from jaxheads.attention.duo_variant import DUO, DuoOptions, duo_layers
+from jaxheads.attention.landmark import (
+    LandmarkOutput,
+    grouped_softmax,
+    insert_landmarks,
+    landmark_attention,
+    landmark_places,
+    strip_landmarks,
+)
+from jaxheads.attention.landmark_cache import LandmarkCache, stingy_positions
+from jaxheads.attention.landmark_variant import (
+    LANDMARK,
+    LandmarkOptions,
+    Landmarks,
+    landmarks_of,
+)
 from jaxheads.attention.layouts import ring_schedule, shard_sequence, unshard_sequence
 from jaxheads.attention.longheads import (
     LongHeadsCache,
@@ -123,6 +138,7 @@ VARIANTS: Mapping[str, Variant] = {
     "dense": SOFTMAX,
     "dmha": DMHA,
     "duo": DUO,
+    "landmark": LANDMARK,
     "longheads": LONGHEADS,
     "moh": MOH,
     "rcmha": RCMHA,
@@ -146,6 +162,10 @@ __all__ = [
     "DuoOptions",
     "HeadsOut",
     "Implementation",
+    "LandmarkCache",
+    "LandmarkOptions",
+    "LandmarkOutput",
+    "Landmarks",
     "LongHeadsCache",
     "LongHeadsInfo",
     "LongHeadsOptions",
@@ -193,9 +213,14 @@ __all__ = [
     "duo_attention_train",
     "duo_layers",
     "finalize",
+    "grouped_softmax",
     "init_agent_bias",
     "init_rel_conv",
+    "insert_landmarks",
     "inverse_frequencies",
+    "landmark_attention",
+    "landmark_places",
+    "landmarks_of",
     "lengths_to_mask",
     "load_balance_loss",
     "longheads_attention",
@@ -226,8 +251,10 @@ __all__ = [
     "select_chunks",
     "select_implementation",
     "shard_sequence",
+    "stingy_positions",
     "streaming_attention",
     "streaming_mask",
+    "strip_landmarks",
     "unmerge_tokens",
     "unshard_sequence",
     "vanilla_attention",

@@ -7,12 +7,14 @@ A batch is a dict of arrays [b,T], b = batch_size / process_count:
   positions    int32   from 0 in every segment
   weights      float32 how much the target counts: 0 at padding, 1 in plain text, less before the
                        answers of the lab language
+With `DataConfig.landmark_block` every row has landmarks (`data/landmarks.py`).
 Row r of batch n depends on the configuration and the data only, not on the number of processes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -21,6 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxheads.data.landmarks import LandmarkBatches, add_landmarks
 from jaxheads.data.packing import Batch, Document, PackedBatches, pack_once
 from jaxheads.data.readahead import ReadAhead
 from jaxheads.data.tasks.lab import MIXTURES, LabText, Pieces
@@ -56,6 +59,9 @@ class DataConfig:
     interleave: int = 4  # documents open per row: neighbouring batches come from different ones
     add_bos: bool | None = None  # begin documents with BOS; None does as the tokenizer does
     prefetch: int = 2  # batches read ahead in a thread; 0 reads in the caller
+    landmark_block: int = 0  # a landmark after this many tokens of every row; 0: none
+    landmark_id: int | None = None  # its id; None: the one after the tokenizer's last
+    landmark_targets: bool = True  # landmarks count as targets; False: only tokens of the text do
 
     def __post_init__(self):
         for name, least in (
@@ -64,6 +70,7 @@ class DataConfig:
             ("interleave", 1),
             ("max_document_bytes", 16),
             ("prefetch", 0),
+            ("landmark_block", 0),
             ("seed", 0),
         ):
             value = getattr(self, name)
@@ -79,7 +86,19 @@ class DataConfig:
             raise ValueError(
                 f"validation_fraction={self.validation_fraction} must be at least 0 and below 1"
             )
+        if self.landmark_block and self.seq_len % (self.landmark_block + 1) == self.landmark_block:
+            raise ValueError(
+                f"seq_len={self.seq_len} cuts off the landmark of the last block of "
+                f"landmark_block={self.landmark_block} tokens; take seq_len={self.seq_len + 1}, a "
+                "multiple of landmark_block + 1"
+            )
         parse_mixture(self.path)
+
+    @property
+    def text_len(self) -> int:
+        """Tokens of a row beside its landmarks."""
+        period = self.landmark_block + 1
+        return self.seq_len - (self.seq_len // period if self.landmark_block else 0)
 
 
 def parse_mixture(path: str) -> tuple[tuple[tuple[str, ...], float], ...]:
@@ -172,6 +191,11 @@ def _pad_id(tokenizer: Tokenizer) -> int:
     return tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id or 0
 
 
+def landmark_token(cfg: DataConfig, tokenizer: Tokenizer) -> int:
+    """The id of the landmarks that `cfg` puts in."""
+    return tokenizer.vocab_size if cfg.landmark_id is None else cfg.landmark_id
+
+
 def make_dataset(
     cfg: DataConfig,
     *,
@@ -208,7 +232,7 @@ def make_dataset(
         weights,
         rows=rows,
         batch_size=cfg.batch_size,
-        seq_len=cfg.seq_len,
+        seq_len=cfg.text_len,
         interleave=cfg.interleave,
         pack=cfg.pack,
         pad_id=_pad_id(tokenizer),
@@ -217,8 +241,12 @@ def make_dataset(
             "data": [source.digest for source in sources],
             "weights": weights,
             "tokenizer": tokenizer.digest,
-        },
+        }
+        | ({"landmark_block": cfg.landmark_block} if cfg.landmark_block else {}),
     )
+    if cfg.landmark_block:
+        mark = landmark_token(cfg, tokenizer)
+        batches = LandmarkBatches(batches, cfg.landmark_block, mark, cfg.landmark_targets)
     return ReadAhead(batches, cfg.prefetch) if cfg.prefetch else batches
 
 
@@ -248,10 +276,17 @@ def eval_batches(
     batches = pack_once(
         (tokenize(source[i]) for source in sources for i in range(len(source))),
         batch_size=cfg.batch_size,
-        seq_len=cfg.seq_len,
+        seq_len=cfg.text_len,
         pack=cfg.pack,
         pad_id=_pad_id(tokenizer),
     )
+    if cfg.landmark_block:
+        mark = landmark_token(cfg, tokenizer)
+        add = functools.partial(
+            add_landmarks, block_size=cfg.landmark_block, landmark_id=mark,
+            count_targets=cfg.landmark_targets,
+        )  # fmt: skip
+        batches = map(add, batches)
     mine = slice(rows.start, rows.stop)
     return (
         {name: value[mine] for name, value in batch.items()}

@@ -12,6 +12,7 @@ from jaxheads.interventions.attention_rows import (
     override_rows,
 )
 from jaxheads.interventions.duo import reorder_heads, stream_heads
+from jaxheads.interventions.landmark import place_landmarks
 from jaxheads.interventions.longheads import chunks_read, with_longheads
 from jaxheads.interventions.mask_heads import mask_heads, random_heads
 from jaxheads.interventions.moh import to_moh
@@ -40,6 +41,7 @@ __all__ = [
     "override_pattern",
     "override_rows",
     "patch",
+    "place_landmarks",
     "project_out",
     "prune_heads",
     "random_heads",

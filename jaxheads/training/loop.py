@@ -26,10 +26,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxheads import parallel
+from jaxheads.attention import Landmarks, insert_landmarks, landmarks_of, strip_landmarks
 from jaxheads.checkpoints import orbax
 from jaxheads.data import DataConfig, Tokenizer, eval_batches, make_dataset
+from jaxheads.data.pipeline import landmark_token
 from jaxheads.fields import to_json
 from jaxheads.generation import generate
+from jaxheads.interventions import place_landmarks
 from jaxheads.models import Decoder, ModelConfig, forward
 from jaxheads.parallel.multihost import is_main_process
 from jaxheads.training.configs import TrainConfig
@@ -109,6 +112,21 @@ def check_run(run: RunConfig, mesh: Mesh) -> None:
         )
 
 
+def check_landmarks(run: RunConfig, tokenizer: Tokenizer) -> None:
+    """Raise for a model whose landmarks stand elsewhere than those of its data."""
+    wanted, block = landmarks_of(run.model), run.data.landmark_block
+    if wanted is None:
+        return
+    found = Landmarks(block, landmark_token(run.data, tokenizer)) if block else None
+    if wanted != found:
+        has = "none" if found is None else f"id {found.token} after every {found.block_size} tokens"
+        raise ValueError(
+            f"attention={run.model.attention!r} takes id {wanted.token} after every "
+            f"{wanted.block_size} tokens for a landmark, and the data have {has}; set "
+            f"data.landmark_block={wanted.block_size} and data.landmark_id={wanted.token}."
+        )
+
+
 def check_vocabulary(tokenizer: Tokenizer, cfg: ModelConfig) -> None:
     """Raise when the tokenizer has ids that the model has no embedding for."""
     if tokenizer.vocab_size > cfg.vocab_size:
@@ -173,6 +191,7 @@ def train(
     check_run(run, mesh)
     tokenizer = Tokenizer.load(run.data.tokenizer)
     check_vocabulary(tokenizer, run.model)
+    check_landmarks(run, tokenizer)
     workdir = prepare_workdir(run.workdir)
     shape = (run.data.batch_size, run.data.seq_len)
     index, count = data_process(mesh, shape)
@@ -396,6 +415,10 @@ class _Trainer:
             length = min(length, self.run.model.max_positions - len(prompt))
         if length < 1 or not len(prompt):
             return
+        forward, marks = self.forward, landmarks_of(self.run.model)
+        if marks is not None:
+            prompt = insert_landmarks(prompt, marks.block_size, marks.token)
+            forward = place_landmarks(forward, marks.token, marks.block_size)
         try:
             tokens = generate(
                 self.state.model,
@@ -403,14 +426,16 @@ class _Trainer:
                 max_new_tokens=length,
                 key=jax.random.fold_in(self.key, self.step),
                 temperature=cfg.temperature,
-                forward=self.forward,
+                forward=forward,
             )
         except NotImplementedError as error:  # an attention variant without cached decoding
             self.writer.say(f"no text is sampled: {error}")
             return
         if jax.process_count() > 1:
             tokens = multihost_utils.process_allgather(tokens, tiled=True)
-        text = self.tokenizer.decode(np.asarray(tokens)[0])
+        ids = np.asarray(tokens)[0]
+        ids = ids if marks is None else strip_landmarks(ids, marks.token)
+        text = self.tokenizer.decode(ids)
         if is_main_process():
             (self.workdir / "sample.txt").write_text(text + "\n", encoding="utf-8")
         self.writer.say(f"sampled text:\n{text}")
