@@ -77,8 +77,8 @@ def grouped_softmax(
     Raises:
       ValueError: ids outside their range; where they are traced, those entries are NaN.
     Example:
-      >>> grouped_softmax(jnp.zeros(4), jnp.asarray([0, 0, 0, 1]), num_groups=2).round(2).tolist()
-      [0.33000001311302185, 0.33000001311302185, 0.33000001311302185, 1.0]
+      >>> grouped_softmax(jnp.zeros(4), jnp.asarray([0, 0, 1, 1]), num_groups=2).tolist()
+      [0.5, 0.5, 0.5, 0.5]
     """
     if num_groups < 1:
         raise ValueError(f"num_groups={num_groups} must be at least 1.")

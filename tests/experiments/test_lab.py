@@ -20,7 +20,7 @@ SHIPPED = Path(jh.__file__).parent / "assets"
 def test_a_small_model_learns_four_tasks_from_scratch(tmp_path, monkeypatch):
     tasks = ("refusal", "role", "greater_than", "facts")
     mixture = tuple(row for row in language.MIXTURE if row[0] in tasks)
-    monkeypatch.setattr(language, "MIXTURE", mixture)
+    monkeypatch.setitem(language.MIXTURES, "lab", mixture)
     plan = resolve(
         config="lab",
         workdir=str(tmp_path),
@@ -38,6 +38,17 @@ def test_a_small_model_learns_four_tasks_from_scratch(tmp_path, monkeypatch):
     for task in tasks:
         pairs = generate(task, tokenizer, 60, split="heldout")
         assert answers_right(jh.forward, model, tokenizer, pairs).mean() >= 0.9, task
+
+
+def test_every_recipe_has_its_model_and_a_second_run():
+    assert tuple(lab.RECIPES) == lab.MODELS and lab.SEEDS == ("lab", "lab-1", "lab-2")
+    for name in lab.MODELS:
+        plan = resolve(config="lab/colors", model=name, workdir="unused")
+        assert plan.run.data.path == "lab=0.7,lab-colors=0.3"
+        assert (plan.run.model.num_kv_heads, plan.run.train.steps) == (
+            2 if "gqa" in name else 8,
+            800,
+        )
 
 
 def test_the_shipped_model_knows_its_tasks():
