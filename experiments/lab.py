@@ -75,6 +75,20 @@ def train(name: str) -> None:
     jh.Tokenizer.load("lab").save(ASSETS / name)
 
 
+def card(name: str, found: Mapping[str, float]) -> str:
+    """README.md of a shipped model: how it was made, and its accuracy on held-out questions."""
+    rows = [{"task": task, "accuracy": share} for task, share in found.items()]
+    return "\n".join([
+        f"# {name}",
+        "",
+        "Trained on the lab language (docs/lab.md) and measured on held-out questions by",
+        "",
+        f"    python -m experiments.lab --train={name} --models={name}",
+        "",
+        common.markdown(rows),
+    ])  # fmt: skip
+
+
 def measure(name: str, count: int) -> dict[str, float]:
     """task -> share of right answers on held-out contents."""
     import jaxheads as jh
@@ -101,6 +115,8 @@ def main() -> int:
     for name in absl_flags.FLAGS.train:
         train(name)
     found = {name: measure(name, 30 if run.quick else COUNT) for name in names}
+    for name in set(names).intersection(absl_flags.FLAGS.train):
+        (ASSETS / name / "README.md").write_text(card(name, found[name]), encoding="utf-8")
     claims = [
         common.at_least(f"{name}: {task}", found[name][task], bound)
         for name in names

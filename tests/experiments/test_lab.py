@@ -51,6 +51,14 @@ def test_every_recipe_has_its_model_and_a_second_run():
         )
 
 
+def test_models_say_how_they_were_made_and_what_they_know():
+    text = lab.card("lab-1", {"ioi": 0.98, "needle": 0.9333})
+    assert "--train=lab-1" in text and "| needle | 0.9333 |" in text
+    for name in lab.MODELS:
+        told = (SHIPPED / name / "README.md").read_text()
+        assert f"--train={name} " in told and "| induction | " in told
+
+
 def test_the_shipped_model_knows_its_tasks():
     model, tokenizer = jh.load("lab"), jh.Tokenizer.load("lab")
     recipe = json.loads((SHIPPED / "lab" / "training.json").read_text())["model"]
