@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-# Its lines from several threads may run into each other.
-_GLOO = re.compile(r"\[Gloo\] .*\n|(?:\d+ )?peer ranks\. Expected .*\n")
+# What Gloo says of its connections: several threads write it piece by piece, in any order.
+_PIECES = r"\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :"
+_GLOO = re.compile(rf"[\d ]*(?:(?:{_PIECES})[\d\s]*)+")
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
     "--seq_len=32",
