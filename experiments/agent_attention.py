@@ -19,7 +19,7 @@ the tokens. Then agents are put into the trained softmax models without training
 merged tokens are better agents than random ones, more agents are better, and the softer exponent
 k2 = 0.3 is better than 1.
 
-    python -m experiments.agent_attention                # trains 24 small models
+    python -m experiments.agent_attention                # trains 24 small models, about 40 minutes
     python -m experiments.agent_attention --data=shapes  # drawn shapes, without scikit-learn
     python -m experiments.agent_attention --from=DIR --data=FILE.npz
 
@@ -292,7 +292,7 @@ def define_flags() -> None:
     common.define_flags("agent_attention")
     absl_flags.DEFINE_string("data", "digits", "digits, shapes, or an .npz file of images.")
     absl_flags.DEFINE_string("from", None, "A trained ViT or DeiT directory to change.")
-    absl_flags.DEFINE_integer("steps", 500, "Updates of each model.")
+    absl_flags.DEFINE_integer("steps", 2000, "Updates of each model.")
 
 
 def main() -> int:
