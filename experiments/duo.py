@@ -66,10 +66,11 @@ class Plan(NamedTuple):
     reg_steps: int
     batch_size: int
     needles: int
+    others: int
     random: int
 
 
-PLANS = {"smoke": Plan(4, 2, 1, 4, 2), "default": Plan(500, 200, 2, 100, 10)}
+PLANS = {"smoke": Plan(4, 2, 1, 4, 4, 2), "default": Plan(500, 200, 2, 100, 50, 10)}
 
 
 class Study(NamedTuple):
@@ -191,7 +192,7 @@ def study(model: Any, tokenizer: Any, plan: Plan, *, sizes: tuple[int, int], lr:
     half = sparsify(alpha, 0.5).mask
     others = {}
     for name in NO_RETRIEVAL:
-        asked = generate(name, tokenizer, plan.needles, seed=seed, split="heldout")
+        asked = generate(name, tokenizer, plan.others, seed=seed, split="heldout")
         others[name] = answered(
             model, *with_answers(tokenizer, asked), np.stack([np.ones(shape), half]), sizes
         )
