@@ -70,7 +70,7 @@ def main() -> int:
 
     from jaxheads.attention import insert_landmarks, landmarks_of
     from jaxheads.generation import generate
-    from jaxheads.interventions import place_landmarks
+    from jaxheads.interventions import for_text
     from jaxheads.parallel.multihost import is_main_process
 
     given = absl_flags.FLAGS
@@ -89,7 +89,6 @@ def main() -> int:
     shown = ids.tolist()
     if marks is not None:  # they go in here, and not out into the text
         ids = insert_landmarks(ids, marks.block_size, marks.token)
-        forward = place_landmarks(forward, marks.token, marks.block_size)
     stop = () if tokenizer.eos_id is None or not given.stop_at_eos else (tokenizer.eos_id,)
     out = sys.stdout if is_main_process() else io.StringIO()
     stream = TextStream(tokenizer, shown, out)
@@ -108,7 +107,7 @@ def main() -> int:
             top_k=given.top_k,
             top_p=given.top_p,
             stop_tokens=stop,
-            forward=forward,
+            forward=for_text(forward, model.cfg, tokenizer.vocab_size),
             callback=write,
         )
     stream.flush()

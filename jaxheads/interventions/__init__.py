@@ -21,6 +21,7 @@ from jaxheads.interventions.per_head import base_forward
 from jaxheads.interventions.prune import fold_pruned, prune_heads
 from jaxheads.interventions.scale import scale_heads
 from jaxheads.interventions.subspaces import keep_subspace, orthonormal_basis, project_out
+from jaxheads.interventions.vocabulary import for_text, only_tokens
 
 __all__ = [
     "AffineEdit",
@@ -32,11 +33,13 @@ __all__ = [
     "bias_scores",
     "chunks_read",
     "fold_pruned",
+    "for_text",
     "keep_subspace",
     "knock_out",
     "mask_heads",
     "mean_activation",
     "mean_z",
+    "only_tokens",
     "orthonormal_basis",
     "override_pattern",
     "override_rows",

@@ -32,7 +32,7 @@ from jaxheads.data import DataConfig, Tokenizer, eval_batches, make_dataset
 from jaxheads.data.pipeline import landmark_token
 from jaxheads.fields import to_json
 from jaxheads.generation import generate
-from jaxheads.interventions import place_landmarks
+from jaxheads.interventions import for_text
 from jaxheads.models import Decoder, ModelConfig, forward
 from jaxheads.parallel.multihost import is_main_process
 from jaxheads.training.configs import TrainConfig
@@ -415,10 +415,9 @@ class _Trainer:
             length = min(length, self.run.model.max_positions - len(prompt))
         if length < 1 or not len(prompt):
             return
-        forward, marks = self.forward, landmarks_of(self.run.model)
+        marks = landmarks_of(self.run.model)
         if marks is not None:
             prompt = insert_landmarks(prompt, marks.block_size, marks.token)
-            forward = place_landmarks(forward, marks.token, marks.block_size)
         try:
             tokens = generate(
                 self.state.model,
@@ -426,7 +425,7 @@ class _Trainer:
                 max_new_tokens=length,
                 key=jax.random.fold_in(self.key, self.step),
                 temperature=cfg.temperature,
-                forward=forward,
+                forward=for_text(self.forward, self.run.model, self.tokenizer.vocab_size),
             )
         except NotImplementedError as error:  # an attention variant without cached decoding
             self.writer.say(f"no text is sampled: {error}")
