@@ -1,232 +1,70 @@
-"""Landmark attention: trained on short texts, does it find a needle in long ones, reading little?
+"""Landmark attention: tuned on short texts, are needles found in long ones, reading little?
 
-Texts tell the values of keys, a token for each key and value, among filler, and ask for them: after
-the token that asks for a key comes its value, which whoever finds where it was told can say. A
-landmark model (4 layers, blocks of 8, T = 64 tokens of text and 8 landmarks) and a plain one are
-trained alike. Then a text of up to 8 T asks for keys told once, anywhere before: the landmark model
-reads 2 blocks of the past, the plain one everything, or a window of as many tokens:
+The shipped lab models know texts of up to T = 240 tokens. Each is tuned with landmarks after every
+8 tokens and, as its control, alike without. Then texts of up to 8 T are asked for codes told in
+them: the landmark model reads 2 blocks of the past, the plain one everything, or a window of as
+many tokens as the other reads.
 
     B1  at T its loss is within 0.05 nats of the plain model's
-    B2  it finds them at 8 T (>= 0.9 of its accuracy at T), the others do not (< 0.5 of the plain
+    B2  it finds codes at 8 T (>= 0.9 of its accuracy at T), the others do not (< 0.5 of the plain
         model's at T); random blocks are no better than the window (+ 10 points); some head reads
         the needle's block for 80 % of the questions
-    B3  its loss falls with the length of the text
+    B3  the loss of its answers falls with how much of the text stays before the questions
     B4  blocks for every token and head cost least loss, before blocks shared by heads or tokens
     B5  tokens read and FLOPs of a query do not grow with the text but by the scores of landmarks
 
     python -m experiments.landmark --workdir=runs/landmark    # minutes on one idle core
 
-Mohtashami and Jaggi, 2023, arXiv:2305.16300 (PG-19 and arXiv math, blocks of 50, 512 tokens). For
-that: `python -m launch.train --data=pg19/ --seq_len=510 --mesh=data:32 --set
-model.attention="landmark(block=50)" --set data.landmark_block=50`, and `python -m launch.evaluate`.
+Mohtashami and Jaggi, 2023, arXiv:2305.16300 (PG-19 and arXiv math, blocks of 50, 512 tokens; LLaMA
+7B, tuned). For those: `python -m launch.train --data=pg19/ --seq_len=510 --mesh=data:32 --set
+model.attention="landmark(block=50)" --set data.landmark_block=50`, with `--model=DIRECTORY` to
+tune, and `python -m launch.evaluate`.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
+from absl import flags as absl_flags
 
 import jaxheads as jh
 from experiments import common
 from experiments.cca import rank_correlation
+from experiments.lab import SEEDS
+from experiments.longheads import TRAINED, Texts, needle_texts
 from jaxheads.attention import RopeConfig, insert_landmarks, inverse_frequencies, rotate
 from jaxheads.attention.landmark_cache import POLICIES, attend_chunk, init, retrieve
+from jaxheads.data import DataConfig, eval_batches, make_dataset
+from jaxheads.evaluation import evaluate_text
 from jaxheads.interventions import place_landmarks
-from jaxheads.models import Decoder, ModelConfig, forward, init_cache, with_config
+from jaxheads.models import ModelConfig, with_config
 from jaxheads.parallel.program import analyze
-from jaxheads.typing import Array, PyTree
+from jaxheads.training import TrainConfig, init_state, make_optimizer, make_train_step
+from jaxheads.typing import Array
 from launch import flags
 
-TEXT, BLOCK = 64, 8
-"""T and l, in tokens of text."""
-NUM_KEYS, NUM_VALUES, NUM_FILLER, NUM_ASKED = 16, 8, 8, 8
-ASK = NUM_KEYS * NUM_VALUES  # told: key * NUM_VALUES + value; asked: ASK + key
-VALUE = ASK + NUM_KEYS
-FILL = VALUE + NUM_VALUES
-MARK = FILL + NUM_FILLER  # the landmark's
-PERIOD, TOP_K = BLOCK + 1, 2
-CHUNK = 2 * PERIOD
-QUESTIONS = 2 * NUM_ASKED  # tokens at the end of a text: one chunk with its landmarks
-TIMES = (1, 2, 4, 8)
-BATCH, STEPS, LEARNING_RATE = 32, 1200, 3e-3
-TOLD, ASKED = 0.4, 0.3  # shares of pairs that tell a value, and that ask for one
-OTHERS = 0.02
-"""Weight in training of all other tokens."""
+BLOCK, TOP_K = 8, 2
+PERIOD, MARK = BLOCK + 1, 480  # the id after the tokenizer's last
+CHUNK = 5 * PERIOD
 READ = TOP_K * PERIOD + BLOCK + CHUNK
 """Tokens that a query reads at most: blocks, the running block, the chunk."""
+ROWS, STEPS, LEARNING_RATE = 8, 500, 1e-3
+TEXT = "lab"
+TIMES = (1, 2, 4, 8)
+POLICIES_AT = 4  # the multiple of T at which B4 compares
+AT_ONCE, CODES = 4, 4  # texts read at once; codes told in each
 
 
 def landmark(**options: Any) -> str:
     """The attention of a landmark model."""
-    given = {"block": BLOCK, "top_k": TOP_K, "chunk": CHUNK} | options
+    given = {"block": BLOCK, "top_k": TOP_K, "chunk": CHUNK, "token": MARK} | options
     return f"landmark({','.join(f'{name}={value}' for name, value in given.items())})"
-
-
-def config(attention: str) -> ModelConfig:
-    """The four-layer decoder of every arm."""
-    length = TEXT // BLOCK * PERIOD
-    return common.small_config(
-        num_layers=4, vocab_size=MARK + 1, max_positions=length, attention=attention
-    )
-
-
-class Texts(NamedTuple):
-    """Texts that end in questions."""
-
-    tokens: Array
-    """[B,N], landmarks not among them."""
-    places: Array
-    """[B,M] where the values that are asked for at the end are told."""
-
-
-def pairs_of(kind: Array, keys: Array, code: Array, filler: Array) -> Array:
-    """[2 N] tokens of N pairs.
-
-    Args:
-      kind: [N] 0: a key's value is told, 1: it is asked for and given, 2: filler.
-      keys: [N]; code: [NUM_KEYS] their values; filler: [N,2].
-    """
-    told = jnp.stack([keys * NUM_VALUES + code[keys], filler[:, 1]], axis=-1)
-    asked = jnp.stack([ASK + keys, VALUE + code[keys]], axis=-1)
-    kind = kind[:, None]
-    return jnp.where(kind == 0, told, jnp.where(kind == 1, asked, filler)).reshape(-1)
-
-
-def stream(times: int, key: Array, num_keys: int | None = None) -> Array:
-    """[BATCH, times * TEXT] tokens of text.
-
-    Args:
-      num_keys: keys that a text draws from; None: 4, 8 or all 16, a draw for each text.
-    """
-
-    def one(key: Array) -> Array:
-        many, which, pick, values, kinds, fill = jax.random.split(key, 6)
-        size = 4 * 2 ** jax.random.randint(many, (), 0, 3) if num_keys is None else num_keys
-        own = jax.random.permutation(which, NUM_KEYS)
-        count = times * TEXT // 2
-        keys = own[jax.random.randint(pick, (count,), 0, size)]
-        code = jax.random.randint(values, (NUM_KEYS,), 0, NUM_VALUES)
-        drawn = jax.random.uniform(kinds, (count,))
-        kind = (drawn >= TOLD).astype(jnp.int32) + (drawn >= TOLD + ASKED)
-        return pairs_of(kind, keys, code, jax.random.randint(fill, (count, 2), FILL, MARK))
-
-    return jax.vmap(one)(jax.random.split(key, BATCH))
-
-
-def needles(times: int, key: Array) -> Texts:
-    """Texts that tell NUM_ASKED values once, and ask for them at the end."""
-
-    def one(key: Array) -> Texts:
-        which, pick, values, kinds, fill, where = jax.random.split(key, 6)
-        own = jax.random.permutation(which, NUM_KEYS)
-        asked, others = own[:NUM_ASKED], own[NUM_ASKED:]
-        count = times * TEXT // 2 - NUM_ASKED
-        keys = others[jax.random.randint(pick, (count,), 0, NUM_KEYS - NUM_ASKED)]
-        code = jax.random.randint(values, (NUM_KEYS,), 0, NUM_VALUES)
-        places = jax.random.permutation(where, count)[:NUM_ASKED]
-        kind = jnp.where(jax.random.bernoulli(kinds, TOLD, (count,)), 0, 2).at[places].set(0)
-        filler = jax.random.randint(fill, (count, 2), FILL, MARK)
-        hay = pairs_of(kind, keys.at[places].set(asked), code, filler)
-        ask = pairs_of(jnp.ones(NUM_ASKED), asked, code, filler[:NUM_ASKED])
-        return Texts(jnp.concatenate([hay, ask]), 2 * places)
-
-    return jax.vmap(one)(jax.random.split(key, BATCH))
-
-
-def with_marks(tokens: Array) -> Array:
-    """The text with its landmarks."""
-    return jnp.asarray(insert_landmarks(tokens, BLOCK, MARK))
-
-
-def train_loss(has_marks: bool, model: Decoder, tokens: Array) -> Array:
-    """Next-token cross-entropy over the text, and over landmarks where there are any.
-
-    Values that were told before count most: nothing else can be known, and a small model would be
-    long in noticing.
-    """
-    tokens = with_marks(tokens) if has_marks else tokens
-    logits, targets = forward(model, tokens).logits[:, :-1], tokens[:, 1:]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    told = jnp.where(tokens < ASK, tokens // NUM_VALUES, NUM_KEYS)[:, None, :-1]
-    asked = tokens[:, :-1] - ASK
-    is_known = jnp.tril(told == asked[..., None]).any(-1) & (asked < NUM_KEYS)  # [B,N]
-    weights = jnp.where(is_known, 1.0, OTHERS)
-    return (weights * losses).sum() / weights.sum()
-
-
-def text_loss(changes: dict[str, Any], model: Decoder, tokens: Array) -> Array:
-    """Nats per token of text, landmarks out of question.
-
-    Args:
-      changes: of the configuration; ``cached`` reads the text in chunks through a cache.
-    """
-    changes = dict(changes)
-    is_cached = changes.pop("cached", False)
-    model = with_config(model, **changes)
-    if model.cfg.attention == "dense":
-        logits, targets = forward(model, tokens).logits[:, :-1], tokens[:, 1:]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-    marked = with_marks(tokens)
-    cache = init_cache(model.cfg, *marked.shape) if is_cached else None
-    logits = place_landmarks(forward, MARK)(model, marked, cache=cache).logits
-    # Every token of text but the first is a target once; a landmark tells what follows it.
-    columns = np.arange(marked.shape[1] - 1)
-    columns = columns[(columns + 2) % PERIOD != 0]
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits[:, columns], marked[:, columns + 1]
-    )
-    return losses.mean()
-
-
-def answers(changes: dict[str, Any], model: Decoder, texts: Texts) -> dict[str, Array]:
-    """Share of right answers and, with a cache, of needles whose block each head [L,H] reads."""
-    changes = dict(changes)
-    is_cached = changes.pop("cached", False)
-    model = with_config(model, **changes)
-    right = texts.tokens[:, -QUESTIONS + 1 :: 2]
-    hay, ask = texts.tokens[:, :-QUESTIONS], texts.tokens[:, -QUESTIONS:]
-    if model.cfg.attention == "dense":
-        logits = forward(model, texts.tokens).logits[:, -QUESTIONS::2]
-        return {"right": (logits.argmax(-1) == right).mean()}
-    hay, ask = with_marks(hay), with_marks(ask)
-    said = np.arange(0, QUESTIONS, 2) + np.arange(0, QUESTIONS, 2) // BLOCK  # the keys asked for
-    quiet = place_landmarks(forward, MARK)
-    if not is_cached:
-        logits = quiet(model, jnp.concatenate([hay, ask], axis=1)).logits[:, -CHUNK:][:, said]
-        return {"right": (logits.argmax(-1) == right).mean()}
-    cache = init_cache(model.cfg, BATCH, hay.shape[1] + CHUNK)
-    cache = forward(model, hay, cache=cache).cache
-    out = jh.record(quiet, "q")(model, ask, cache=cache)
-    read = functools.partial(retrieve, top_k=TOP_K, policy=POLICIES[0], rotate=turn(model.cfg))
-    blocks = jax.vmap(read)(cache.states[0], out.seen["q"])[:, :, :, said]  # [L,B,H,M,k]
-    needle = (texts.places // BLOCK)[:, None, :, None]
-    hits = (blocks == needle).any(-1).mean((1, 3))  # [L,H]
-    right = out.logits[:, said].argmax(-1) == right
-    return {"right": right.mean(), "hits": hits}
-
-
-def turn(cfg: ModelConfig) -> Any:
-    """The rotation of a model's heads."""
-    inv_freq, _ = inverse_frequencies(cfg.rope, cfg.head_dim)
-    return functools.partial(rotate, inv_freq=jnp.asarray(inv_freq), interleaved=False)
-
-
-def fit(attention: str, run: common.Options) -> PyTree:
-    """Models [N] with this attention."""
-    return common.fit(
-        functools.partial(train_loss, attention != "dense"),
-        lambda key: Decoder(config(attention), rngs=nnx.Rngs(key)),
-        functools.partial(stream, 1),
-        steps=5 if run.quick else STEPS,
-        seeds=run.seeds,
-        lr=LEARNING_RATE,
-    ).params
 
 
 class Arm(NamedTuple):
@@ -237,13 +75,127 @@ class Arm(NamedTuple):
 
 
 ARMS = {
-    "landmark": Arm(True, {"attention": landmark(), "cached": True}),
-    "random blocks": Arm(True, {"attention": landmark(at_random="true"), "cached": True}),
-    "landmark, all": Arm(True, {}),
+    "landmark": Arm(True, {"attention": landmark()}),
+    "random blocks": Arm(True, {"attention": landmark(at_random="true")}),
+    "landmark, all": Arm(True, {"attention": landmark(top_k=TRAINED // BLOCK, force="true")}),
     "full": Arm(False, {}),
     "window": Arm(False, {"window": (READ,)}),
 }
 ONLY_AT_ONE = ("landmark, all",)  # its positions would exceed those it was trained on
+
+
+class Asked(NamedTuple):
+    """What a model says to the questions about its texts."""
+
+    right: float
+    """Share of right answers."""
+    loss: float
+    """Nats of the answers."""
+    hits: np.ndarray | None
+    """[L,H] share of questions whose last token reads the needle's block, with landmarks."""
+
+
+def data_config(is_landmark: bool, split: str, seed: int) -> DataConfig:
+    """Rows of 256 tokens of the lab language, with landmarks or without."""
+    marks = dict(landmark_block=BLOCK, landmark_id=MARK) if is_landmark else {}
+    if is_landmark and split == "validation":
+        marks["landmark_targets"] = False
+    length = 256 // BLOCK * PERIOD if is_landmark else 256
+    return DataConfig(path=TEXT, split=split, seed=seed, seq_len=length, batch_size=ROWS, **marks)
+
+
+def tune(model: jh.Decoder, tokenizer: jh.Tokenizer, is_landmark: bool, steps: int, seed: int):
+    """The model after `steps` updates, as `launch.train` would make them."""
+    if is_landmark:
+        model = with_config(model, attention=landmark(force="true"))
+    cfg = TrainConfig(steps=steps, lr=LEARNING_RATE, warmup_steps=steps // 10)
+    optimizer, copy = make_optimizer(cfg), jax.tree.map(jnp.copy, model)  # a step gives it away
+    step, state = make_train_step(cfg, optimizer), init_state(copy, optimizer)
+    batches = make_dataset(data_config(is_landmark, "train", seed), tokenizer=tokenizer)
+    metrics: dict[str, Any] = {}
+    for batch in itertools.islice(batches, steps):
+        arrays = {name: batch[name] for name in batch if name != "document_ids"}
+        state, metrics = step(state, arrays)
+    print(f"landmarks {is_landmark}: loss {float(metrics['loss']):.3f}", flush=True)
+    return state.model
+
+
+def text_loss(model: jh.Decoder, tokenizer: jh.Tokenizer, is_landmark: bool, count: int) -> float:
+    """B1: nats per held-out token, landmarks out of question."""
+    batches = eval_batches(data_config(is_landmark, "validation", 0), count, tokenizer=tokenizer)
+    return evaluate_text(quiet(is_landmark), model, batches)["loss"]
+
+
+def quiet(is_landmark: bool) -> Callable[..., Any]:
+    """The forward of an arm, landmarks out of question."""
+    return place_landmarks(jh.forward, MARK) if is_landmark else jh.forward
+
+
+def turn(cfg: ModelConfig) -> Any:
+    """The rotation of a model's heads."""
+    inv_freq, _ = inverse_frequencies(cfg.rope, cfg.head_dim)
+    return functools.partial(rotate, inv_freq=jnp.asarray(inv_freq), interleaved=False)
+
+
+@jax.jit
+def _read(model: jh.Decoder, cache: Any, piece: Array) -> Any:
+    """The cache with a piece [N,P] of each text."""
+    return jh.forward(model, piece, cache=cache).cache
+
+
+@functools.partial(jax.jit, static_argnames="is_landmark")
+def _ask(model: jh.Decoder, cache: Any, questions: Array, is_landmark: bool) -> tuple[Any, Any]:
+    """Log-probabilities [M,N,V] after questions [M,N,Q], and the blocks [M,L,N,H,k] then read."""
+    forward = jh.record(quiet(True), "q") if is_landmark else quiet(False)
+
+    def ask(question: Array) -> tuple[Array, Any]:
+        out = forward(model, question, cache=cache)
+        log_probs = jax.nn.log_softmax(out.logits[:, -1])
+        if not is_landmark:
+            return log_probs, None
+        read = functools.partial(retrieve, top_k=TOP_K, policy=POLICIES[0], rotate=turn(model.cfg))
+        return log_probs, jax.vmap(read)(cache.states[0], out.seen["q"])[:, :, :, -1]
+
+    return jax.lax.map(ask, questions)
+
+
+def ask(model: jh.Decoder, arm: Arm, texts: Texts, visible: int | None = None) -> Asked:
+    """The answers to all questions of all texts.
+
+    Args:
+      visible: times T tokens before the questions that are read; None: the whole text.
+    """
+    model = with_config(model, **arm.changes)
+    mark = (lambda x: np.asarray(insert_landmarks(x, BLOCK, MARK))) if arm.is_landmark else np.array
+    size = texts.hay.shape[1] // BLOCK * BLOCK  # the rest goes with the questions
+    begin = 0 if visible is None else max(0, size - visible * TRAINED)
+    hay, rest = mark(texts.hay[:, begin:size]), texts.hay[:, size:]
+    questions = np.stack(
+        [mark(np.concatenate([rest, texts.questions[:, m]], axis=1)) for m in range(CODES)]
+    )  # [M,N,Q]
+    piece = TRAINED // BLOCK * PERIOD if arm.is_landmark else TRAINED
+    pieces = range(hay.shape[1] % piece or piece, hay.shape[1], piece)
+    num_slots = TIMES[-1] * piece + PERIOD * -(-questions.shape[-1] // PERIOD)
+    found = []
+    for start in range(0, len(hay), AT_ONCE):
+        rows = slice(start, start + AT_ONCE)
+        cache = jh.init_cache(model.cfg, AT_ONCE, num_slots)
+        for text in np.split(hay[rows], pieces, axis=1):
+            cache = _read(model, cache, text)
+        log_probs, blocks = jax.device_get(_ask(model, cache, questions[:, rows], arm.is_landmark))
+        answers = texts.answers[rows].T  # [M,N]
+        said = np.take_along_axis(log_probs, answers[..., None], axis=-1)[..., 0]
+        hits = None
+        if blocks is not None:
+            needle = (texts.places[rows].T // BLOCK)[:, None, :, None, None]
+            hits = (blocks == needle).any(-1).mean((0, 2))  # [L,H]
+        found.append((np.mean(log_probs.argmax(-1) == answers), -said.mean(), hits))
+    right, loss, hits = zip(*found, strict=True)
+    return Asked(
+        float(np.mean(right)),
+        float(np.mean(loss)),
+        None if hits[0] is None else np.mean(hits, axis=0),
+    )
 
 
 def costs(num_heads: int = 4, head_dim: int = 16) -> float:
@@ -262,80 +214,60 @@ def costs(num_heads: int = 4, head_dim: int = 16) -> float:
     return (counted(many) - counted(few)) / (2 * head_dim * num_heads * (many - few))
 
 
-def main() -> int:
-    run = common.options()
-    models = {True: fit(landmark(), run), False: fit("dense", run)}
-    batches = 2 if run.quick else 8
+class Study(NamedTuple):
+    """What one model showed."""
+
+    at_once: list[float]
+    """B1: loss with landmarks, and without."""
+    asked: dict[str, dict[int, Asked]]
+    """arm -> multiple of T -> answers."""
+    by_length: dict[int, float]
+    """B3: loss of answers by how many times T of the text are read."""
+    by_policy: dict[str, float]
+    """B4: loss of answers."""
+
+
+def study(name: str, seed: int, run: common.Options) -> Study:
+    """Tunes and asks one model."""
+    model, tokenizer = jh.load(name), jh.Tokenizer.load(name)
+    steps = 2 if run.quick else absl_flags.FLAGS.steps
+    models = {is_landmark: tune(model, tokenizer, is_landmark, steps, seed)
+              for is_landmark in (True, False)}  # fmt: skip
+    count = AT_ONCE if run.quick else 3 * AT_ONCE
     times = TIMES[:2] if run.quick else TIMES
-    evaluate = functools.partial(common.evaluate, seeds=run.seeds, num_batches=batches)
-    found: dict[str, Any] = {}
-    for name, arm in ARMS.items():
-        for n in times[:1] if name in ONLY_AT_ONE else times:
-            measured = evaluate(
-                functools.partial(answers, arm.changes),
-                models[arm.is_landmark],
-                functools.partial(needles, n),
-            )
-            found[f"{name} {n}"] = measured
-            print(name, n, measured["right"], flush=True)
-
-    def loss_at(is_landmark: bool, changes: dict[str, Any], n: int, num_keys: int | None):
-        measure = functools.partial(text_loss, changes)
-        return evaluate(
-            measure, models[is_landmark], functools.partial(stream, n, num_keys=num_keys)
-        )
-
-    at_once = {is_landmark: loss_at(is_landmark, {}, 1, None) for is_landmark in (True, False)}
-    cached = {"cached": True}
-    by_length = {n: loss_at(True, cached, n, NUM_KEYS) for n in times}
-    by_policy = {
-        policy: loss_at(True, {"attention": landmark(policy=policy), **cached}, times[-2], NUM_KEYS)
-        for policy in POLICIES
-    }
-    print(at_once, by_length, by_policy, flush=True)
-    claims = claims_of(found, at_once, by_length, by_policy, costs())
-    table = [
-        {"arm": name}
-        | {f"{n} T": float(found[f"{name} {n}"]["right"].mean()) for n in times
-           if f"{name} {n}" in found}
-        for name in ARMS
-    ]  # fmt: skip
-    table = [{key: row.get(key, "") for key in table[0]} for row in table]
-    data = {
-        "answers": {name: x["right"] for name, x in found.items()},
-        "heads": {name: x["hits"] for name, x in found.items() if "hits" in x},
-        "loss at T": {"landmark": at_once[True], "plain": at_once[False]},
-        "loss by length": by_length,
-        "loss by policy": by_policy,
-        "tokens read at most": READ,
-    }
-    draw_it = functools.partial(draw, table, by_length)
-    return common.finish(claims, run.workdir, table=table, figure=draw_it, data=data)
+    texts = {n: needle_texts(tokenizer, count, n * TRAINED, CODES, seed) for n in times}
+    asked: dict[str, dict[int, Asked]] = {}
+    for arm, way in ARMS.items():
+        lengths = times[:1] if arm in ONLY_AT_ONE else times
+        asked[arm] = {n: ask(models[way.is_landmark], way, texts[n]) for n in lengths}
+        print(name, arm, {n: round(found.right, 3) for n, found in asked[arm].items()}, flush=True)
+    ours, longest = models[True], texts[times[-1]]
+    batches = 1 if run.quick else 32
+    policy_at = min(POLICIES_AT, times[-1])
+    at_once = [text_loss(models[kind], tokenizer, kind, batches) for kind in (True, False)]
+    return Study(
+        at_once,
+        asked,
+        {n: ask(ours, ARMS["landmark"], longest, n).loss for n in times},
+        {policy: ask(ours, Arm(True, {"attention": landmark(policy=policy)}), texts[policy_at]).loss
+         for policy in POLICIES},
+    )  # fmt: skip
 
 
-def claims_of(
-    found: dict[str, Any],
-    at_once: dict[bool, np.ndarray],
-    by_length: dict[int, np.ndarray],
-    by_policy: dict[str, np.ndarray],
-    growth: float,
-) -> list[common.Claim]:
-    """The claims, over the seeds."""
-    far = max(by_length)
-    right = lambda arm, n: found[f"{arm} {n}"]["right"]
-    base = np.maximum(right("full", 1), 1e-9)
-    own = np.maximum(right("landmark, all", 1), 1e-9)
+def claims_of(studies: Sequence[Study], growth: float) -> list[common.Claim]:
+    """The claims, over the models."""
+    far = max(studies[0].asked["landmark"])
+    right = lambda arm, n: np.array([s.asked[arm][n].right for s in studies])
+    base, own = (np.maximum(right(arm, 1), 1e-9) for arm in ("full", "landmark, all"))
+    at_once = np.array([s.at_once for s in studies])  # [models,2]
     # The head is chosen at half the length, and judged at the whole one.
-    seeds = range(len(base))
-    judge, other = (found[f"landmark {n}"]["hits"] for n in (far // 2, far))
-    best = [other[s].reshape(-1)[judge[s].argmax()] for s in seeds]
-    spearman = [
-        rank_correlation(np.array(list(by_length)), np.array([x[s] for x in by_length.values()]))
-        for s in seeds
-    ]
-    ours = by_policy["per_token_and_head"]
+    hits = lambda s, n: s.asked["landmark"][n].hits.reshape(-1)
+    best = [hits(s, far)[hits(s, far // 2).argmax()] for s in studies]
+    order = lambda losses: rank_correlation(np.array(list(losses)), np.array([*losses.values()]))
+    ours = np.array([s.by_policy[POLICIES[0]] for s in studies])
+    cost = lambda policy: ours - np.array([s.by_policy[policy] for s in studies])
     return [
-        common.at_most("B1: loss at T, landmark - plain", at_once[True] - at_once[False], 0.05),
+        common.at_most("B1: loss at T, landmark - plain", at_once[:, 0] - at_once[:, 1], 0.05),
         common.at_least(
             f"B2: landmark at {far} T / its own at T", right("landmark", far) / own, 0.9
         ),
@@ -347,11 +279,14 @@ def claims_of(
             10,
         ),
         common.at_least(f"B2: needles whose block the best head reads at {far} T", best, 0.8),
-        common.at_most("B3: rank correlation of length and loss", spearman, -0.9),
+        common.at_most(
+            "B3: rank correlation of text read and loss",
+            [order(s.by_length) for s in studies],
+            -0.9,
+        ),
         *(
-            common.at_most(f"B4: loss of per_token_and_head - {policy}", ours - loss, 0.0)
-            for policy, loss in by_policy.items()
-            if policy != "per_token_and_head"
+            common.at_most(f"B4: loss of per_token_and_head - {policy}", cost(policy), 0.0)
+            for policy in POLICIES[1:]
         ),
         common.Claim(
             "B5: growth of a query's FLOPs, 4,096 blocks - 128 / the scores of its landmarks",
@@ -362,21 +297,55 @@ def claims_of(
     ]
 
 
-def draw(table: list[dict[str, Any]], by_length: dict[int, np.ndarray], page: Any) -> None:
-    """Answers and loss over the length of the text."""
+def define_flags() -> None:
+    """Defines the flags of this experiment."""
+    common.define_flags("landmark")
+    absl_flags.DEFINE_list("models", list(SEEDS), "Shipped names, one a seed.")
+    absl_flags.DEFINE_integer("steps", STEPS, "Updates of each model.", lower_bound=1)
+
+
+def main() -> int:
+    """Runs the experiment; returns its exit code."""
+    run, names = common.options(), absl_flags.FLAGS.models
+    names = names[:1] if run.quick else names
+    studies = [study(name, seed, run) for seed, name in enumerate(names)]
+    table = [
+        {"model": name, "arm": arm}
+        | {f"{n} T": s.asked[arm][n].right if n in s.asked[arm] else "" for n in s.by_length}
+        for name, s in zip(names, studies, strict=True)
+        for arm in ARMS
+    ]
+    data = {
+        "models": names,
+        "loss at T, landmark and plain": [s.at_once for s in studies],
+        "heads that read the needle": [
+            {n: found.hits for n, found in s.asked["landmark"].items()} for s in studies
+        ],
+        "loss of answers by times T of text read": [s.by_length for s in studies],
+        "loss of answers by policy": [s.by_policy for s in studies],
+        "tokens read at most": READ,
+    }
+    claims = claims_of(studies, costs())
+    figure = functools.partial(draw, studies)
+    return common.finish(claims, run.workdir, table=table, figure=figure, data=data)
+
+
+def draw(studies: Sequence[Study], page: Any) -> None:
+    """Answers over the length of the text, and their loss over how much of it is read."""
     left, right = page.subplots(1, 2)
-    for row in table:
-        points = [(int(name[:-2]), x) for name, x in row.items() if name != "arm" and x != ""]
-        left.plot(*zip(*points), marker="o", label=row["arm"])
-    left.set_ylabel("right answers")
-    left.legend()
-    right.plot(list(by_length), [x.mean() for x in by_length.values()], "o-")
-    right.set_ylabel("landmark model's loss (nats)")
+    for arm, way in studies[0].asked.items():
+        found = [np.mean([s.asked[arm][n].right for s in studies]) for n in way]
+        left.plot(list(way), found, marker="o", label=arm)
+    left.set_ylabel("codes found")
+    left.legend(fontsize="small")
+    lengths = list(studies[0].by_length)
+    right.plot(lengths, [np.mean([s.by_length[n] for s in studies]) for n in lengths], "o-")
+    right.set_ylabel("landmark model's loss of answers (nats)")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xlabel("length of the text, of that trained on")
 
 
 if __name__ == "__main__":
-    common.define_flags("landmark")
+    define_flags()
     flags.run(main)

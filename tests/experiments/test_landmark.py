@@ -1,58 +1,75 @@
-"""The texts of the landmark experiment, and what its claims say."""
+"""How the landmark experiment asks, and what its claims say."""
 
 import jax
 import numpy as np
+import pytest
 
+import jaxheads as jh
 from experiments import landmark as experiment
+from experiments.longheads import TRAINED, needle_texts
+from jaxheads.attention import insert_landmarks
+from jaxheads.models import with_config
 
 
-def test_needles_are_told_once_and_asked_at_the_end():
-    texts = jax.device_get(experiment.needles(2, jax.random.key(0)))
-    assert texts.tokens.shape == (experiment.BATCH, 2 * experiment.TEXT)
-    hay, ask = texts.tokens[:, : -experiment.QUESTIONS], texts.tokens[:, -experiment.QUESTIONS :]
-    for row, places in enumerate(texts.places):
-        for n, place in enumerate(places):
-            key, value = ask[row, 2 * n] - experiment.ASK, ask[row, 2 * n + 1] - experiment.VALUE
-            assert hay[row, place] == key * experiment.NUM_VALUES + value
-            told = hay[row][hay[row] < experiment.ASK] // experiment.NUM_VALUES
-            assert (told == key).sum() == 1
-    stream = np.asarray(experiment.stream(1, jax.random.key(1)))
-    for row in stream:
-        told = dict(divmod(x, experiment.NUM_VALUES) for x in row if x < experiment.ASK)
-        asked = np.flatnonzero((row >= experiment.ASK) & (row < experiment.VALUE))
-        for at in asked:
-            key, value = row[at] - experiment.ASK, row[at + 1] - experiment.VALUE
-            assert told.get(key, value) == value
-    assert len(experiment.with_marks(stream)[0]) == experiment.TEXT // 8 * 9
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["landmark, all", "full"])
+def test_what_is_asked_in_pieces_is_what_a_whole_text_says(arm):
+    model, tokenizer = jh.load("lab"), jh.Tokenizer.load("lab")
+    texts, way = needle_texts(tokenizer, 4, TRAINED, experiment.CODES, 0), experiment.ARMS[arm]
+    found = experiment.ask(model, way, texts)
+    uncached = {"attention": experiment.landmark(force="true")} if way.is_landmark else {}
+    whole = with_config(model, **uncached)
+    right, losses = [], []
+    for m in range(experiment.CODES):
+        rows = np.concatenate([texts.hay, texts.questions[:, m]], axis=1)
+        if way.is_landmark:
+            rows = np.asarray(insert_landmarks(rows, experiment.BLOCK, experiment.MARK))
+        logits = jh.forward(whole, rows).logits[:, -1]
+        if way.is_landmark:
+            logits = logits.at[:, experiment.MARK].set(-1e30)
+        log_probs = np.asarray(jax.nn.log_softmax(logits))
+        right.append(log_probs.argmax(-1) == texts.answers[:, m])
+        losses.append(-log_probs[np.arange(4), texts.answers[:, m]])
+    assert found.right == np.mean(right)
+    np.testing.assert_allclose(found.loss, np.mean(losses), rtol=1e-4)
+    assert (found.hits is None) == (arm == "full")
+
+
+@pytest.mark.slow
+def test_tuning_leaves_the_given_model_alone():
+    model, tokenizer = jh.load("lab"), jh.Tokenizer.load("lab")
+    before = jax.tree.map(np.array, model)
+    tuned = experiment.tune(model, tokenizer, True, 1, 0)
+    after = jax.tree.map(np.array, model)
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, after))
+    assert tuned.cfg.attention.startswith("landmark")
+    leaves = zip(jax.tree.leaves(before), jax.tree.leaves(tuned), strict=True)
+    assert any(not np.array_equal(a, b) for a, b in leaves)
+
+
+def study(right, hits, at_once, by_length, by_policy):
+    asked = {
+        arm: {n: experiment.Asked(x, 0.0, np.full((2, 2), hits) if arm == "landmark" else None)
+              for n, x in zip((1, 2, 4, 8), values)}
+        for arm, values in right.items()
+    }  # fmt: skip
+    policies = dict(zip(experiment.POLICIES, by_policy))
+    return experiment.Study(at_once, asked, dict(zip((1, 2, 4, 8), by_length)), policies)
 
 
 def test_claims_hold_for_what_the_paper_says_and_fail_for_its_opposite():
-    lengths, seeds = (1, 2, 4, 8), 3
-    arm = lambda values: {n: {"right": np.full(seeds, x)} for n, x in zip(lengths, values)}
     arms = {
-        "landmark": arm((1.0, 1.0, 0.97, 0.95)),
-        "landmark, all": arm((1.0,) * 4),
-        "random blocks": arm((0.5, 0.3, 0.2, 0.1)),
-        "full": arm((1.0, 0.6, 0.3, 0.2)),
-        "window": arm((0.5, 0.3, 0.2, 0.1)),
+        "landmark": (1.0, 1.0, 0.97, 0.95),
+        "landmark, all": (1.0,),
+        "random blocks": (0.5, 0.3, 0.2, 0.1),
+        "full": (1.0, 0.6, 0.3, 0.2),
+        "window": (0.5, 0.3, 0.2, 0.1),
     }
-    found = {f"{name} {n}": x for name, by_length in arms.items() for n, x in by_length.items()}
-    heads = np.zeros((seeds, 4, 4))
-    heads[:, 2, 1] = 0.9
-    for n in lengths:
-        found[f"landmark {n}"]["hits"] = heads
-    loss = lambda *values: [np.full(seeds, x) for x in values]
-    at_once = dict(zip((True, False), loss(1.02, 1.0)))
-    by_length = dict(zip(lengths, loss(1.4, 1.3, 1.2, 1.1)))
-    by_policy = dict(zip(experiment.POLICIES, loss(1.2, 1.25, 1.3)))
-    claims = experiment.claims_of(found, at_once, by_length, by_policy, 1.0)
+    good = study(arms, 0.9, (1.02, 1.0), (1.4, 1.3, 1.2, 1.1), (1.2, 1.25, 1.3))
+    claims = experiment.claims_of([good] * 3, 1.0)
     assert len(claims) == 10 and all(claim.holds for claim in claims)
-    found["landmark 8"], found["full 8"] = found["full 8"], found["landmark 8"]
-    found["landmark 8"]["hits"] = heads * 0.1
-    found["window 8"], found["random blocks 8"] = arm((0.6,))[1], arm((0.9,))[1]
-    claims = experiment.claims_of(
-        found, dict(zip((True, False), loss(1.1, 1.0))),
-        dict(zip(lengths, loss(1.1, 1.2, 1.3, 1.4))),
-        dict(zip(experiment.POLICIES, loss(1.3, 1.25, 1.2))), 1.2,
-    )  # fmt: skip
+    arms |= {"landmark": arms["full"], "full": (1.0,) * 4, "window": (0.6,) * 4,
+             "random blocks": (0.9,) * 4}  # fmt: skip
+    bad = study(arms, 0.1, (1.1, 1.0), (1.1, 1.2, 1.3, 1.4), (1.3, 1.25, 1.2))
+    claims = experiment.claims_of([bad] * 3, 1.2)
     assert not any(claim.holds for claim in claims)
