@@ -1,5 +1,8 @@
 """Every causal row of `attention.VARIANTS` beside dense attention: time, memory, and cost on a TPU.
 
+Beside them `agent` (49 agents over a grid of tokens, bidirectional) and `lama` (pooling to as many
+vectors as there are heads): no row of a decoder, so that they do less, or see more, than dense.
+
     taskset -c 0 python -m benchmarks.variants                 # forward on this CPU, 1k, 4k, 16k
     python -m benchmarks.variants --only=cca,s2 --lengths=4096
     python -m benchmarks.variants --tpu                        # compiled only: needs libtpu, no TPU
@@ -38,6 +41,7 @@ OPTIONS = {
     "s2": "s2(allow_incomplete_union=true)",  # fewer heads than its classes
 }
 """Variant -> the text that names it with options, where the defaults do not serve."""
+NUM_AGENTS = 49
 HEADS, HEAD_DIM = {"cpu": 2, "tpu": 8}, {"cpu": 64, "tpu": 128}
 TPU, TPU_LENGTHS = "v5e", (32768, 131072)
 WITH_GRADS = 3.5  # FLOPs of forward and backward over those of forward
@@ -45,6 +49,18 @@ WITH_GRADS = 3.5  # FLOPs of forward and backward over those of forward
 
 def contender(name: str, kind: str, length: int) -> tuple[Callable, tuple[Any, ...], float]:
     """(f(params, q, k, v, x) -> z, the shapes of its arguments, its forward FLOPs)."""
+    import jax
+    import jax.numpy as jnp
+
+    heads, head_dim = HEADS[kind], HEAD_DIM[kind]
+    dtype = jnp.float32 if kind == "cpu" else jnp.bfloat16
+    shape = lambda *size: jax.ShapeDtypeStruct((1, length, *size), dtype)
+    run, params, flops = BESIDE.get(name, functools.partial(variant, name))(heads, head_dim, length)
+    return run, (params, *(shape(heads, head_dim),) * 3, shape(heads * head_dim)), flops
+
+
+def variant(name: str, heads: int, head_dim: int, length: int) -> tuple[Callable, Any, float]:
+    """A row of `VARIANTS`: (function, the shapes of its parameters, its FLOPs)."""
     import jax
     import jax.numpy as jnp
 
@@ -59,9 +75,8 @@ def contender(name: str, kind: str, length: int) -> tuple[Callable, tuple[Any, .
     from jaxheads.models import ModelConfig
     from jaxheads.models.configs import parse_attention
 
-    heads, head_dim = HEADS[kind], HEAD_DIM[kind]
     cfg = ModelConfig(num_heads=heads, head_dim=head_dim, model_dim=heads * head_dim)
-    (_, options), variant = parse_attention(OPTIONS.get(name, name))[0], VARIANTS[name]
+    (_, options), row = parse_attention(OPTIONS.get(name, name))[0], VARIANTS[name]
     inv_freq, _ = inverse_frequencies(RopeConfig(), head_dim)
     turn = functools.partial(rotate, inv_freq=jnp.asarray(inv_freq), interleaved=False)
     place = jnp.arange(length)
@@ -71,13 +86,46 @@ def contender(name: str, kind: str, length: int) -> tuple[Callable, tuple[Any, .
             mask=Mask(is_causal=True), q_positions=place, k_positions=place, rotate=turn, x=x,
             layer=jnp.int32(0), options=options,
         )  # fmt: skip
-        return variant.apply(params, q, k, v, ctx).z
+        return row.apply(params, q, k, v, ctx).z
 
-    dtype = jnp.float32 if kind == "cpu" else jnp.bfloat16
-    shape = lambda *size: jax.ShapeDtypeStruct((1, length, *size), dtype)
-    params = jax.eval_shape(lambda: variant.init(jax.random.key(0), cfg, options))
-    arguments = (params, *(shape(heads, head_dim),) * 3, shape(cfg.model_dim))
-    return run, arguments, variant.cost(cfg, length, length, options=options).flops
+    params = jax.eval_shape(lambda: row.init(jax.random.key(0), cfg, options))
+    return run, params, row.cost(cfg, length, length, options=options).flops
+
+
+def agent(heads: int, head_dim: int, length: int) -> tuple[Callable, Any, float]:
+    """Agent attention of an image of `length` tokens, agents pooled from its queries."""
+    from jaxheads.attention import agent_attention, pool_agents
+
+    rows = 1 << (length.bit_length() - 1) // 2
+    grid = (rows, length // rows)
+
+    def run(params, q, k, v, x):
+        return agent_attention(q, k, v, pool_agents(q, grid, NUM_AGENTS))
+
+    return run, {}, 8.0 * heads * NUM_AGENTS * length * head_dim
+
+
+def lama(heads: int, head_dim: int, length: int) -> tuple[Callable, Any, float]:
+    """Low-rank attention pooling of a text of `length` states, P, Q and c given."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxheads.attention import attention_pool_flops, low_rank_attention_pool
+
+    dim = heads * head_dim
+    factor = jax.ShapeDtypeStruct((dim, heads), jnp.float32)
+    params = {"c": jax.ShapeDtypeStruct((dim,), jnp.float32), "P": factor, "Q": factor}
+
+    def run(params, q, k, v, x):
+        # The states are made of all three, so that gradients reach each.
+        states = (q + k + v).reshape(x.shape)
+        return low_rank_attention_pool(states, states, params["c"], params["P"], params["Q"])[0]
+
+    return run, params, float(attention_pool_flops("lama", length, dim, heads))
+
+
+BESIDE = {"agent": agent, "lama": lama}
+"""What is measured too, and is no row of `VARIANTS`."""
 
 
 def measure_cpu(names: list[str], length: int, reps: int, limit: float) -> dict[str, Any]:
@@ -192,7 +240,7 @@ def main() -> int:
     from jaxheads.attention import VARIANTS
 
     jax.config.update("jax_platforms", "cpu")
-    names = [name for name, row in VARIANTS.items() if row.supports.causal]
+    names = [*(name for name, row in VARIANTS.items() if row.supports.causal), *BESIDE]
     names = [name for name in names if not given.only or name in given.only]
     kind, limit = "tpu" if given.tpu else "cpu", given.limit_gb * 1e9
     lengths = [int(n) for n in given.lengths] or (TPU_LENGTHS if given.tpu else (1024, 4096, 16384))
@@ -219,7 +267,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     flags.define_common()
-    absl_flags.DEFINE_list("only", [], "Variants to measure; all causal ones by default.")
+    absl_flags.DEFINE_list("only", [], "What to measure; everything by default.")
     absl_flags.DEFINE_list("lengths", [], "Tokens.")
     absl_flags.DEFINE_integer("reps", 2, "Timed runs of each variant and length.")
     absl_flags.DEFINE_float("limit_gb", 4.0, "Temporary memory beyond which a variant is skipped.")
