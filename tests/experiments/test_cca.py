@@ -34,10 +34,10 @@ def test_rows_are_long_documents():
 
 
 def test_short_texts_are_refused(tmp_path):
-    for number in range(3):
-        (tmp_path / f"{number}.txt").write_text("ball red cup " * number)
+    texts = tmp_path / "short.jsonl"
+    texts.write_text('{"text": "ball red cup"}\n' * 500)
     with pytest.raises(ValueError, match="give longer texts"):
-        cca.documents(str(tmp_path), LAB, "all", 4, seed=0)
+        cca.documents(str(texts), LAB, "all", 4, seed=0)
 
 
 def test_needles_lie_before_every_window_of_their_question():
