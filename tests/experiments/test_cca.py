@@ -45,6 +45,7 @@ def test_short_texts_are_refused(tmp_path):
 def test_needles_lie_before_every_window_of_their_question():
     rows = cca.far_needles(LAB, 8, seed=1)
     assert len(rows["tokens"]) == 8
+    in_group = []
     columns = (rows[name] for name in ("tokens", "targets", "weights"))
     for tokens, targets, weights in zip(*columns, strict=True):
         (last,) = np.flatnonzero(weights)
@@ -55,6 +56,8 @@ def test_needles_lie_before_every_window_of_their_question():
         assert words[told + 2] in words[question:]
         assert told + 3 <= question - cca.KEYS_OF_WINDOW  # seen by no query of the question
         assert last < cca.LENGTH
+        in_group.append((told + 3) % cca.GROUP)
+    assert sorted(in_group) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_arms_see_as_many_keys():
