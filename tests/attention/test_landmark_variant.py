@@ -57,6 +57,19 @@ def test_fused_equals_dense_in_packed_and_padded_rows(model, whole):
                            atol=1e-2)  # fmt: skip
 
 
+def test_positions_are_those_of_the_batch(model, whole):
+    """Jumps change what stands before and after them, and a common shift changes nothing."""
+    jumps = np.cumsum(np.where(TOKENS == MARK, [[5], [9]], 0), axis=1)
+    place = np.arange(LENGTH) + np.pad(jumps, ((0, 0), (1, 0)))[:, :-1]
+    run = lambda model, shift: forward(model, TOKENS, positions=jnp.asarray(place + shift)).logits
+    jumped = run(model, 0)
+    np.testing.assert_allclose(jumped[:, : BLOCK + 1], whole[:, : BLOCK + 1], atol=1e-4)
+    assert (np.abs(jumped - whole).max(axis=-1)[:, BLOCK + 2 :] > 1e-3).all()
+    np.testing.assert_allclose(run(model, 100), jumped, atol=1e-3)
+    np.testing.assert_allclose(run(with_config(model, attention=text(impl="dense")), 0), jumped,
+                               atol=1e-4)  # fmt: skip
+
+
 def test_a_cache_with_enough_blocks_is_exact(model, whole):
     """Also in pieces that end anywhere; a single read block is another function."""
     cache, got = init_cache(CONFIG, 2, LENGTH), []
