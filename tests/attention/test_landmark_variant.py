@@ -83,6 +83,28 @@ def test_a_cache_with_enough_blocks_is_exact(model, whole):
     assert not np.allclose(logits[:, 16:], whole[:, 16:], atol=1e-3)
 
 
+def test_a_cache_in_host_memory_reads_the_same(model):
+    """Two layers share its arrays."""
+    logits = []
+    for more in ({}, {"offload": "true"}):
+        few = with_config(model, attention=text(policy="max_over_tokens", top_k=1, **more))
+        out = forward(few, TOKENS, cache=init_cache(few.cfg, 2, LENGTH))
+        logits.append(out.logits)
+        kinds = {x.sharding.memory_kind for x in jax.tree.leaves(out.cache)}
+    np.testing.assert_allclose(*logits, atol=1e-5)
+    assert kinds == {"device", "pinned_host"}
+
+
+@pytest.mark.slow
+def test_a_cache_in_host_memory_generates_the_same(model):
+    prompts = [TOKENS[0, :13].tolist(), TOKENS[1, :9].tolist()]
+    run = lambda **more: jh.generate(
+        with_config(model, attention=text(policy="max_over_tokens", top_k=1, **more)), prompts,
+        max_new_tokens=6, forward=place_landmarks(forward, MARK, BLOCK),
+    )  # fmt: skip
+    np.testing.assert_array_equal(run(offload="true"), run())
+
+
 def test_generation_goes_on_with_landmarks(model):
     prompts = [TOKENS[0, :13].tolist(), TOKENS[1, :9].tolist()]
     placed = place_landmarks(forward, MARK, BLOCK)
@@ -133,8 +155,6 @@ def test_models_it_cannot_serve(fields, message):
 
 
 def test_what_it_refuses(model):
-    with pytest.raises(NotImplementedError, match="in host memory is not implemented"):
-        ModelConfig(attention=text(offload="true", policy="max_over_tokens"))
     with pytest.raises(NotImplementedError, match="cannot honour a soft cap"):
         forward(with_config(model, attn_soft_cap=5.0), TOKENS)
     with pytest.raises(NotImplementedError, match="implementation='blocked'"):
