@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxheads import models
+from jaxheads.attention import Landmarks, insert_landmarks, landmarks_of
 from jaxheads.data import TaskExample, TaskPair, Tokenizer
-from jaxheads.interventions import base_forward
+from jaxheads.interventions import base_forward, place_landmarks
 from jaxheads.models import Decoder
 from jaxheads.parallel import constrain
 from jaxheads.taps import TappedForward, as_tapped
@@ -158,9 +159,9 @@ class _Row(NamedTuple):
     example: int
     candidate: int
     ids: np.ndarray
-    """[N] prompt and continuation"""
-    start: int
-    """Index of the first id that counts."""
+    """[N] prompt and continuation, with landmarks where the model takes them"""
+    counts: np.ndarray
+    """[N] bool: the ids of the continuation; landmarks do not count."""
 
 
 @jax.jit
@@ -190,6 +191,10 @@ def evaluate_tasks(
     merged token on, so their scores stay comparable; ``merged_boundaries`` counts such examples.
     The first token of a text without BOS has no context and is not scored.
 
+    Where the model takes landmarks (`attention="landmark"`), prompt and continuation have one after
+    every block, counted from the first token of the prompt; landmarks are out of the logits and
+    their log-probabilities out of the sum.
+
     Args:
       forward: a forward, wrapped or not.
       model: a `Decoder`, sharded or not.
@@ -210,17 +215,18 @@ def evaluate_tasks(
         is the answer), log_probs and num_tokens of all candidates, greedy.
 
     Raises:
-      ValueError: for no examples, a continuation without tokens, or a text longer than the
-        learned positions.
+      ValueError: for no examples, a continuation without tokens, a text longer than the learned
+        positions, or one that has the id of a landmark.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
     if not examples:
         raise ValueError("there are no examples to evaluate.")
-    forward = as_tapped(forward)
+    marks = landmarks_of(model.cfg)
+    forward = as_tapped(forward if marks is None else place_landmarks(forward, marks.token))
     rows, merged = [], 0
     for number, example in enumerate(examples):
-        new, is_merged = _encode(tokenizer, example, number)
+        new, is_merged = _encode(tokenizer, example, number, marks)
         rows += new
         merged += is_merged
     log_probs: dict[tuple[int, int], float] = {}
@@ -232,7 +238,7 @@ def evaluate_tasks(
         for row, total, best in zip(group, sums, greedy, strict=False):  # the rest is padding
             log_probs[row.example, row.candidate] = float(total)
             is_greedy[row.example, row.candidate] = bool(best)
-    lengths = {(row.example, row.candidate): len(row.ids) - row.start for row in rows}
+    lengths = {(row.example, row.candidate): int(row.counts.sum()) for row in rows}
     details = [
         _judge(
             example,
@@ -290,7 +296,9 @@ def answers_right(
     return right
 
 
-def _encode(tokenizer: Tokenizer, example: TaskExample, number: int) -> tuple[list[_Row], bool]:
+def _encode(
+    tokenizer: Tokenizer, example: TaskExample, number: int, marks: Landmarks | None
+) -> tuple[list[_Row], bool]:
     """The candidates of an example, answer first, and whether a boundary merged."""
     encode = lambda text: tokenizer.encode(text, add_bos=tokenizer.adds_bos)
     prompt = encode(example.prompt)
@@ -303,8 +311,17 @@ def _encode(tokenizer: Tokenizer, example: TaskExample, number: int) -> tuple[li
                 f"example {number}: {text!r} after the prompt {example.prompt[-40:]!r} leaves no "
                 "token to score; without BOS the first token has no context: give a prompt."
             )
-    rows = [_Row(number, c, ids, start) for c, ids in enumerate(texts)]
+    rows = [_Row(number, c, *_mark(ids, start, marks)) for c, ids in enumerate(texts)]
     return rows, shared < len(prompt)
+
+
+def _mark(ids: np.ndarray, start: int, marks: Landmarks | None) -> tuple[np.ndarray, np.ndarray]:
+    """The ids with landmarks, and which of them count: those of the text from `start` on."""
+    if marks is None:
+        return ids, np.arange(len(ids)) >= start
+    marked = np.asarray(insert_landmarks(ids, marks.block_size, marks.token))
+    is_text = marked != marks.token
+    return marked, is_text & (np.cumsum(is_text) > start)
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
@@ -343,7 +360,7 @@ def _task_batch(group: Sequence[_Row], batch_size: int, width: int) -> Batch:
         batch["tokens"][number, :length] = row.ids[:-1]
         batch["targets"][number, :length] = row.ids[1:]
         batch["segment_ids"][number, :length] = 1
-        batch["weights"][number, row.start - 1 : length] = 1
+        batch["weights"][number, :length] = row.counts[1:]
     return batch
 
 

@@ -44,7 +44,7 @@ class Memory(NamedTuple):
     hbm: int | None
     """Memory of the device that a program can use."""
     host: int = 0
-    """Memory of the host that is used for one device (``remat=offload``)."""
+    """Memory of the host that is used for one device (``remat=offload``, an offloaded cache)."""
 
     @property
     def headroom(self) -> int | None:
@@ -215,8 +215,11 @@ def measure(compiled: Any, chip: Chip) -> Memory:
         + stats.output_size_in_bytes
         - stats.alias_size_in_bytes
     )
-    # The compiler's own peak can exceed the sum, which leaves out buffers outside the entry.
-    peak = max(total, getattr(stats, "peak_memory_in_bytes", 0))
+    host = lambda name: getattr(stats, f"host_{name}_size_in_bytes", 0)
+    on_host = host("argument") + host("output") - host("alias")
+    # The compiler's own peak can exceed the sum, which leaves out buffers outside the entry; it
+    # counts arguments and outputs in host memory, which are not the device's.
+    peak = max(total, getattr(stats, "peak_memory_in_bytes", 0) - on_host)
     return Memory(
         stats.argument_size_in_bytes,
         stats.temp_size_in_bytes,
@@ -224,7 +227,7 @@ def measure(compiled: Any, chip: Chip) -> Memory:
         stats.alias_size_in_bytes,
         peak,
         chip.hbm_bytes,
-        getattr(stats, "host_temp_size_in_bytes", 0),
+        on_host + host("temp"),
     )
 
 

@@ -9,8 +9,8 @@ from flax import nnx
 from jaxheads import evaluation, models, parallel
 from jaxheads.data import TaskExample, TaskPair, Tokenizer
 from jaxheads.evaluation import answers_right, evaluate_tasks, evaluate_text, score_tokens
-from jaxheads.interventions import ablate, scale_heads
-from jaxheads.models import Decoder, ModelConfig
+from jaxheads.interventions import ablate, place_landmarks, scale_heads
+from jaxheads.models import Decoder, ModelConfig, with_config
 from jaxheads.taps import Edit, as_tapped, intervene
 from tests.tiny import tiny_model
 
@@ -214,6 +214,52 @@ def test_tasks_score_each_continuation_as_if_alone(model, tokenizer):
     mean = np.mean([d["log_probs"][0] for d in out["per_example"]])
     assert out["answer_log_prob"] == pytest.approx(mean)
     assert out["accuracy"] == np.mean([d["correct"] for d in out["per_example"]])
+
+
+MARK = V - 1
+QUESTIONS = [
+    TaskExample("abcde", "fghijk", ("xy",)),  # with BOS two blocks: a landmark before the answer
+    TaskExample("abcdef", "g", ("hijkl", "m")),
+    TaskExample("a", "?"),
+]
+
+
+def landmarked(model, block):
+    return with_config(model, attention=f"landmark(block={block},force=true)")
+
+
+def test_a_block_longer_than_the_questions_changes_nothing(model, tokenizer):
+    got = evaluate_tasks(models.forward, landmarked(model, 100), tokenizer, QUESTIONS)
+    plain = place_landmarks(models.forward, MARK)
+    want = evaluate_tasks(plain, model, tokenizer, QUESTIONS)
+    for one, other in zip(got["per_example"], want["per_example"], strict=True):
+        np.testing.assert_allclose(one["log_probs"], other["log_probs"], rtol=1e-5)
+        assert one["num_tokens"] == other["num_tokens"] and one["greedy"] == other["greedy"]
+
+
+def test_questions_have_landmarks_that_do_not_count(model, tokenizer):
+    marked = landmarked(model, 3)
+    out = evaluate_tasks(models.forward, marked, tokenizer, QUESTIONS)
+    for example, detail in zip(QUESTIONS, out["per_example"], strict=True):
+        start = len(tokenizer.encode(example.prompt))
+        for n, text in enumerate((example.answer, *example.distractors)):
+            ids, asked = [], []
+            for place, token in enumerate(tokenizer.encode(example.prompt + text).tolist()):
+                if place >= start:
+                    asked.append((len(ids) - 1, token))
+                ids += [token] + ([MARK] if place % 3 == 2 else [])
+            padded = np.pad(ids, (0, 128 - len(ids)))[None]
+            logits = padded_logits(as_tapped(models.forward), marked, padded)[0]
+            logp = log_softmax(np.delete(logits, MARK, axis=-1))
+            assert detail["num_tokens"][n] == len(text) == len(asked)
+            want = sum(logp[place, token] for place, token in asked)
+            assert detail["log_probs"][n] == pytest.approx(want, rel=1e-5, abs=1e-4)
+            if n == 0:
+                assert detail["greedy"] == all(logp[at].argmax() == token for at, token in asked)
+    bad = TaskExample("abc" + tokenizer.decode([103]), "d")
+    with pytest.raises(ValueError, match="tokens hold landmark_id=103"):
+        other = with_config(model, attention="landmark(block=3,token=103,force=true)")
+        evaluate_tasks(models.forward, other, tokenizer, [bad])
 
 
 def test_the_answer_that_greedy_decoding_writes_is_an_exact_match(model, tokenizer):

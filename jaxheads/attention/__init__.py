@@ -67,6 +67,7 @@ from jaxheads.attention.landmark import (
     strip_landmarks,
 )
 from jaxheads.attention.landmark_cache import LandmarkCache, stingy_positions
+from jaxheads.attention.landmark_miss import MissOutput, landmark_miss_attention
 from jaxheads.attention.landmark_variant import (
     LANDMARK,
     LandmarkOptions,
@@ -171,6 +172,7 @@ __all__ = [
     "LongHeadsOptions",
     "Mask",
     "MergePlan",
+    "MissOutput",
     "MoHOptions",
     "MoHOutput",
     "MoHStats",
@@ -219,6 +221,7 @@ __all__ = [
     "insert_landmarks",
     "inverse_frequencies",
     "landmark_attention",
+    "landmark_miss_attention",
     "landmark_places",
     "landmarks_of",
     "lengths_to_mask",

@@ -58,6 +58,17 @@ class LandmarkOutput(NamedTuple):
     """[B,H,T,S] float32: what each value counts for; 0 for landmarks."""
 
 
+class Miss(NamedTuple):
+    """A token that stands for the controlled landmarks (`landmark_miss.py`)."""
+
+    key: Array
+    """[B,K,D] rotated."""
+    is_controlled: Array
+    """[B,S] bool; counts at landmarks."""
+    cutoff: float
+    """Shares below this are 0."""
+
+
 def grouped_softmax(
     scores: Array, group_ids: Array, *, num_groups: int, where: Array | None = None
 ) -> Array:
@@ -155,17 +166,11 @@ def landmark_attention(
     check_arrays(q, k, v)
     if impl not in IMPLS:
         raise ValueError(unknown("impl", impl, IMPLS))
+    check_landmarks(q, k, is_landmark)
     batch, num_keys = k.shape[:2]
-    if jnp.shape(is_landmark) != (batch, num_keys) or is_landmark.dtype != bool:
-        raise ValueError(
-            f"is_landmark has shape {jnp.shape(is_landmark)} and dtype {is_landmark.dtype}; needed "
-            f"bool [B,S] = {(batch, num_keys)}."
-        )
-    if q.shape[1] > num_keys:
-        raise ValueError(f"q has {q.shape[1]} tokens, k only {num_keys}: q are those of the last.")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     index = jnp.arange(num_keys - q.shape[1], num_keys)
-    q_ids, k_ids = _documents(mask, q.shape[1], (batch, num_keys))
+    q_ids, k_ids = documents(mask, q.shape[1], (batch, num_keys))
     if impl == "fused":
         if return_weights or group_dropout:
             raise NotImplementedError(
@@ -183,7 +188,7 @@ def landmark_attention(
     keep = None
     if group_dropout:
         keep = _kept_gates(group_dropout, key, (batch, q.shape[2], q.shape[1], num_keys))
-    y, weights = dense_landmarks(q, k, v, is_landmark, index, q_ids, k_ids, scale, keep)
+    y, weights, _ = dense_landmarks(q, k, v, is_landmark, index, q_ids, k_ids, scale, keep)
     return LandmarkOutput(y, weights) if return_weights else y
 
 
@@ -197,7 +202,8 @@ def dense_landmarks(
     k_ids: Array | None,
     scale: float,
     keep: Array | None = None,
-) -> tuple[Array, Array]:
+    miss: Miss | None = None,
+) -> tuple[Array, Array, Array | None]:
     """The definition with all weights in memory.
 
     Args:
@@ -206,8 +212,9 @@ def dense_landmarks(
       index: [T] or [B,T] places of the queries among the keys.
       q_ids, k_ids: [B,T] and [B,S] documents, 0 for padding; both or none.
       keep: [B,H,T,S] factors on gates, at their landmarks.
+      miss: a token between queries and controlled landmarks.
     Returns:
-      y [B,T,H,W] and weights [B,H,T,S].
+      y [B,T,H,W], weights [B,H,T,S] and, with `miss`, its share [B,H,T].
     """
     batch, num_keys, kv_heads = k.shape[:3]
     if k_ids is not None:
@@ -223,12 +230,28 @@ def dense_landmarks(
     far = sees & (block < mine)
     group = jnp.where(far & ~landmark, 1 + block, 0)
 
+    queries = group_heads(q, kv_heads)
     scores = jnp.einsum(
-        "btkgd,bskd->bkgts", group_heads(q, kv_heads), k, preferred_element_type=jnp.float32
+        "btkgd,bskd->bkgts", queries, k, preferred_element_type=jnp.float32
     ).reshape(batch, q.shape[2], q.shape[1], num_keys)
-    shares = grouped_softmax(
-        scale * scores, group[:, None], num_groups=num_keys + 1, where=(own | far)[:, None]
-    )
+    share = None
+    if miss is None:
+        shares = grouped_softmax(
+            scale * scores, group[:, None], num_groups=num_keys + 1, where=(own | far)[:, None]
+        )
+    else:  # one more key, and one more group for controlled landmarks
+        controlled = landmark & miss.is_controlled[:, None]
+        group = jnp.where(far & controlled, num_keys + 1, group)
+        last = jnp.einsum("btkgd,bkd->bkgt", queries, miss.key, preferred_element_type=jnp.float32)
+        scores = jnp.concatenate([scores, last.reshape(*scores.shape[:3], 1)], axis=-1)
+        one_more = ((0, 0), (0, 0), (0, 1))
+        shares = grouped_softmax(
+            scale * scores, jnp.pad(group, one_more)[:, None], num_groups=num_keys + 2,
+            where=jnp.pad(own | far, one_more, constant_values=True)[:, None],
+        )  # fmt: skip
+        shares, share = shares[..., :-1], shares[..., -1]
+        share = jnp.where(share < miss.cutoff, 0.0, share)
+        keep = jnp.where(controlled[:, None], share[..., None], 1.0)
     # The landmark that closes a token's block: the first one from there on.
     at = jnp.where(is_landmark, jnp.arange(num_keys), num_keys - 1)
     closing = jax.lax.cummin(at, axis=1, reverse=True)
@@ -238,7 +261,7 @@ def dense_landmarks(
     weights = jnp.where((far & ~landmark)[:, None], gates * shares, weights)
     by_group = weights.reshape(batch, kv_heads, -1, *weights.shape[2:]).astype(v.dtype)
     y = jnp.einsum("bkgts,bskw->btkgw", by_group, v, preferred_element_type=jnp.float32)
-    return y.reshape(*q.shape[:3], -1).astype(q.dtype), weights
+    return y.reshape(*q.shape[:3], -1).astype(q.dtype), weights, share
 
 
 def group_heads(q: Array, num_kv_heads: int) -> Array:
@@ -246,7 +269,19 @@ def group_heads(q: Array, num_kv_heads: int) -> Array:
     return q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[-1])
 
 
-def _documents(
+def check_landmarks(q: Array, k: Array, is_landmark: Array) -> None:
+    """Raise for landmarks that are not said for every key, and for queries without keys."""
+    batch, num_keys = k.shape[:2]
+    if jnp.shape(is_landmark) != (batch, num_keys) or is_landmark.dtype != bool:
+        raise ValueError(
+            f"is_landmark has shape {jnp.shape(is_landmark)} and dtype {is_landmark.dtype}; needed "
+            f"bool [B,S] = {(batch, num_keys)}."
+        )
+    if q.shape[1] > num_keys:
+        raise ValueError(f"q has {q.shape[1]} tokens, k only {num_keys}: q are those of the last.")
+
+
+def documents(
     mask: Mask | Array | None, num_queries: int, keys: tuple[int, int]
 ) -> tuple[Array | None, Array | None]:
     """Documents [B,T] of the queries and [B,S] of the keys, 0 for padding."""

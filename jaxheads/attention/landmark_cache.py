@@ -24,6 +24,7 @@ import numpy as np
 
 from jaxheads.attention.api import check_arrays
 from jaxheads.attention.contract import Rotate
+from jaxheads.attention.host_memory import AXES, HostBlocks, fetch, host_blocks, store
 from jaxheads.attention.landmark import group_heads
 from jaxheads.attention.landmark_blocks import attend_once, regular_masks, take_apart
 from jaxheads.attention.landmark_tokens import check_block_size
@@ -42,9 +43,10 @@ class LandmarkCache(NamedTuple):
     The batch is the first axis of every array.
     """
 
-    k: Array
-    """[B,M,l+1,K,D] unrotated keys of complete blocks, a landmark last; block n at n % M."""
-    v: Array
+    k: Array | HostBlocks
+    """[B,M,l+1,K,D] unrotated keys of complete blocks, a landmark last; block n at n % M. Or in
+    host memory."""
+    v: Array | HostBlocks
     """[B,M,l+1,K,D]"""
     tail_k: Array
     """[B,l+1,K,D] unrotated keys of the running block; zeros beyond its tokens."""
@@ -54,16 +56,18 @@ class LandmarkCache(NamedTuple):
     """[B] int32, blocks completed since the beginning; the last M of them are held."""
     num_tail: Array
     """[B] int32, tokens of the running block, 0 to l."""
+    landmarks: Array | None = None
+    """[B,M,K,D] the keys of landmarks, where blocks are in host memory."""
 
     @property
     def num_blocks(self) -> int:
         """M, blocks the cache can hold."""
-        return self.k.shape[1]
+        return self.k.num_blocks if isinstance(self.k, HostBlocks) else self.k.shape[1]
 
     @property
     def block_size(self) -> int:
         """l, text tokens of a block."""
-        return self.k.shape[2] - 1
+        return self.tail_k.shape[1] - 1
 
     @property
     def num_held(self) -> Array:
@@ -93,6 +97,10 @@ CACHE_AXES: Any = LandmarkCache(
     )
 )
 """The logical axes of every array."""
+OFFLOADED_AXES: Any = CACHE_AXES._replace(
+    k=AXES, v=AXES, landmarks=("batch", None, "act_kv_heads", None)
+)
+"""The same with blocks in host memory; of one layer."""
 
 
 class Stingy(NamedTuple):
@@ -136,12 +144,14 @@ def init(
     *,
     block_size: int,
     dtype: Any = jnp.float32,
+    offload: bool = False,
 ) -> LandmarkCache:
     """An empty cache.
 
     Args:
       num_blocks: M; the oldest block makes room for a new one.
       block_size: l.
+      offload: keep blocks in host memory, all but the keys of landmarks; for "max_over_tokens".
     Raises:
       ValueError: a cache without blocks.
     """
@@ -149,9 +159,14 @@ def init(
     if num_blocks < 1:
         raise ValueError(f"num_blocks={num_blocks} leaves no past to read; give at least 1.")
     row = (num_kv_heads, head_dim)
-    blocks = jnp.zeros((batch_size, num_blocks, block_size + 1, *row), dtype)
     tail = jnp.zeros((batch_size, block_size + 1, *row), dtype)
     none = jnp.zeros(batch_size, jnp.int32)
+    if offload:
+        shape = (batch_size, num_blocks, num_kv_heads, block_size + 1, head_dim)
+        k, v = (host_blocks(shape, dtype).of_layer(0) for _ in "kv")
+        landmarks = jnp.zeros((batch_size, num_blocks, *row), dtype)
+        return LandmarkCache(k, v, tail, tail, none, none, landmarks)
+    blocks = jnp.zeros((batch_size, num_blocks, block_size + 1, *row), dtype)
     return LandmarkCache(blocks, blocks, tail, tail, none, none)
 
 
@@ -185,17 +200,20 @@ def retrieve(
     Returns:
       `ChunkInfo.blocks`.
     Raises:
-      ValueError: top_k below 1, an unknown policy.
+      ValueError: top_k below 1, an unknown policy, one that blocks in host memory do not allow.
     """
     _check_top_k(top_k)
     if policy not in POLICIES:
         raise ValueError(unknown("policy", policy, POLICIES))
+    if isinstance(cache.k, HostBlocks):
+        check_offload(policy)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     count = min(top_k, cache.num_blocks)
     age = jnp.arange(cache.num_blocks, dtype=jnp.int32)
     last, held = cache.num_complete[:, None] - 1, cache.num_held[:, None]
     ring = (last - age) % cache.num_blocks  # [B,M], the latest block first
-    keys = jnp.take_along_axis(cache.k[:, :, -1], ring[..., None, None], axis=1)  # [B,M,K,D]
+    landmarks: Any = cast(Any, cache.k)[:, :, -1] if cache.landmarks is None else cache.landmarks
+    keys = jnp.take_along_axis(landmarks, ring[..., None, None], axis=1)  # [B,M,K,D]
     start = jnp.minimum(held, count + 1)
     period = cache.block_size + 1
     place = jnp.maximum(start - 1 - jnp.minimum(age, count), 0)
@@ -301,7 +319,7 @@ def _attend(
     start = jnp.minimum(held, count + 1) * period
     places = _query_positions(cache, num_new, start)  # [B,T]
     queries = group_heads(rotate_at(rotate, q, places), kv_heads)
-    far_k, far_v, axes = _gather(cache, blocks, kv_heads)
+    cache, far_k, far_v, axes = _gather(cache, blocks, kv_heads)
     far_k = _rotate_blocks(rotate, far_k.astype(dtype), _places(cache, blocks), period)
     far = scale * jnp.einsum(
         f"btkgd,{axes}rpd->bkgtrp", queries, far_k, preferred_element_type=jnp.float32
@@ -362,8 +380,11 @@ def _places(cache: LandmarkCache, blocks: Array) -> Array:
     return jnp.maximum(rank + (is_late & (held > count)), 0)
 
 
-def _gather(cache: LandmarkCache, blocks: Array, kv_heads: int) -> tuple[Array, Array, str]:
-    """Keys and values of the blocks: [B,K,(g),(t),k,P,D], and the letters of the first axes."""
+def _gather(
+    cache: LandmarkCache, blocks: Array, kv_heads: int
+) -> tuple[LandmarkCache, Array, Array, str]:
+    """The cache as it is to be used from then on, keys and values of the blocks
+    [B,K,(g),(t),k,P,D], and the letters of the first axes."""
     batch, heads, tokens, count = blocks.shape
     by_head, by_token = heads > 1, tokens > 1
     index = blocks % cache.num_blocks
@@ -373,10 +394,17 @@ def _gather(cache: LandmarkCache, blocks: Array, kv_heads: int) -> tuple[Array, 
         index = index[:, :, :, 0]
     if not by_head:
         index = index[:, :, 0]
+    axes = "bk" + "g" * by_head + "t" * by_token
+    if isinstance(cache.k, HostBlocks):
+        kept, found = fetch(
+            (cache.k, cast(HostBlocks, cache.v)), index.reshape(batch, kv_heads, -1)
+        )
+        exists = blocks.reshape(batch, kv_heads if by_head else 1, -1, 1, 1) >= 0
+        k, v = (jnp.where(exists, x, 0).reshape(*index.shape, *x.shape[3:]) for x in found)
+        return cache._replace(k=kept[0], v=kept[1]), k, v, axes
     take = jax.vmap(jax.vmap(lambda x, i: jnp.take(x, i, axis=0, mode="clip")))
     pick = lambda x: take(jnp.einsum("bmpkd->bkmpd", x), index)
-    axes = "bk" + "g" * by_head + "t" * by_token
-    return pick(cache.k), pick(cache.v), axes
+    return cache, pick(cache.k), pick(cache.v), axes
 
 
 def _rotate_blocks(rotate: Rotate, k: Array, places: Array, period: int) -> Array:
@@ -401,23 +429,24 @@ def _grow(cache: LandmarkCache, near_k: Array, near_v: Array, new: Array) -> Lan
     goes = (n < done) & (n >= done - size)  # later ones would overwrite the rest
     to = jnp.where(goes, (cache.num_complete[:, None] + n) % size, size)
 
-    def keep(held: Array, tokens: Array) -> Array:
-        cut = tokens.reshape(tokens.shape[0], -1, period, *tokens.shape[2:])
-        return jax.vmap(lambda x, i, y: x.at[i].set(y, mode="drop"))(held, to, cut)
+    cut = lambda x: x.reshape(x.shape[0], -1, period, *x.shape[2:])  # [B,n,P,K,D]
+    put = jax.vmap(lambda x, i, y: x.at[i].set(y, mode="drop"))
+    k, v, landmarks = cache.k, cache.v, cache.landmarks
+    if isinstance(k, HostBlocks):
+        new_k, new_v = cut(near_k), cut(near_v)
+        kept = (k, cast(HostBlocks, v))
+        k, v = store(kept, (new_k, new_v), done[:, 0], cache.num_complete)
+        landmarks = put(landmarks, to, new_k[:, :, -1])
+    else:
+        k, v = put(k, to, cut(near_k)), put(v, to, cut(near_v))
 
     def rest(tokens: Array) -> Array:
         wide = jnp.pad(tokens, ((0, 0), (0, period), (0, 0), (0, 0)))
-        cut = lambda x, i: jax.lax.dynamic_slice_in_dim(x, i, period, axis=0)
-        return jax.vmap(cut)(wide, done[:, 0] * period)
+        last = lambda x, i: jax.lax.dynamic_slice_in_dim(x, i, period, axis=0)
+        return jax.vmap(last)(wide, done[:, 0] * period)
 
-    return LandmarkCache(
-        keep(cache.k, near_k),
-        keep(cache.v, near_v),
-        rest(near_k),
-        rest(near_v),
-        cache.num_complete + done[:, 0],
-        end % period,
-    )
+    tail = (rest(near_k), rest(near_v), cache.num_complete + done[:, 0], end % period)
+    return LandmarkCache(k, v, *tail, landmarks)
 
 
 def extend(
@@ -473,16 +502,12 @@ def extend(
 
 
 def check_offload(policy: str) -> None:
-    """Raise for blocks in host memory: what would be fetched, or that they are not there yet."""
+    """Raise for a policy that would fetch blocks from host memory for every token."""
     if policy != "max_over_tokens":
         raise ValueError(
             f"offload fetches blocks once a chunk, and policy={policy!r} wants other blocks for "
             "every token; take policy='max_over_tokens'."
         )
-    raise NotImplementedError(
-        "a landmark cache with its blocks in host memory is not implemented; leave out offload, or "
-        "take fewer num_blocks."
-    )
 
 
 def _check_top_k(top_k: int) -> None:
@@ -492,7 +517,7 @@ def _check_top_k(top_k: int) -> None:
 
 def _check_chunk(cache: LandmarkCache, q: Array, k: Array, top_k: int, bound: int | None) -> None:
     _check_top_k(top_k)
-    want = (cache.k.shape[0], *cache.k.shape[3:])
+    want = (cache.tail_k.shape[0], *cache.tail_k.shape[2:])
     if (k.shape[0], *k.shape[2:]) != want:
         raise ValueError(
             f"k has shape {k.shape}; the cache was made for batch, kv heads and head_dim {want}."

@@ -46,7 +46,7 @@ class LandmarkOptions:
       policy: who shares them: "per_token_and_head", "max_over_heads" or "max_over_tokens".
       chunk: tokens that go into the cache at once, landmarks counted; None: five blocks.
       blocks: blocks that the cache holds; None: all that the cache's slots amount to.
-      offload: keep the blocks in host memory (not implemented).
+      offload: keep the blocks of the cache in host memory; with "max_over_tokens" alone.
       at_random: read blocks at random rather than by score (a control).
       impl: "fused" or "dense", without a cache.
       force: accept positions beyond those that the model was trained on.
@@ -219,8 +219,14 @@ def init_state(
         num_blocks = min(num_blocks, options.blocks)
     return landmark_cache.init(
         batch_size, num_blocks, cfg.num_kv_heads, cfg.head_dim, block_size=options.block,
-        dtype=dtype,
+        dtype=dtype, offload=options.offload,
     )  # fmt: skip
+
+
+def state_axes(options: LandmarkOptions | None) -> Any:
+    """The logical axes of `init_state`."""
+    is_far = options is not None and options.offload
+    return landmark_cache.OFFLOADED_AXES if is_far else landmark_cache.CACHE_AXES
 
 
 def check(cfg: Any, spec: Any) -> None:
@@ -306,6 +312,6 @@ LANDMARK = Variant(
     ),
     options=LandmarkOptions,
     init_state=init_state,
-    state_axes=lambda options: landmark_cache.CACHE_AXES,
+    state_axes=state_axes,
     check=check,
 )

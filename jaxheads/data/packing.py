@@ -110,6 +110,16 @@ class PackedBatches:
         self._used = np.zeros(shape, np.int64)  # tokens of that document already given out
         self._open: dict[tuple[int, int, int], Document] = {}  # the documents lanes are in
 
+    @property
+    def rows(self) -> range:
+        """The rows of the global batch that this iterator gives."""
+        return self._rows
+
+    @property
+    def step(self) -> int:
+        """How many batches came before the next one."""
+        return self._step
+
     def __iter__(self) -> PackedBatches:
         return self
 

@@ -62,6 +62,7 @@ class DataConfig:
     landmark_block: int = 0  # a landmark after this many tokens of every row; 0: none
     landmark_id: int | None = None  # its id; None: the one after the tokenizer's last
     landmark_targets: bool = True  # landmarks count as targets; False: only tokens of the text do
+    landmark_jumps: int = 1  # J: positions jump ahead by 0 to J - 1 after each landmark in training
 
     def __post_init__(self):
         for name, least in (
@@ -71,6 +72,7 @@ class DataConfig:
             ("max_document_bytes", 16),
             ("prefetch", 0),
             ("landmark_block", 0),
+            ("landmark_jumps", 1),
             ("seed", 0),
         ):
             value = getattr(self, name)
@@ -91,6 +93,10 @@ class DataConfig:
                 f"seq_len={self.seq_len} cuts off the landmark of the last block of "
                 f"landmark_block={self.landmark_block} tokens; take seq_len={self.seq_len + 1}, a "
                 "multiple of landmark_block + 1"
+            )
+        if self.landmark_jumps > 1 and not self.landmark_block:
+            raise ValueError(
+                f"landmark_jumps={self.landmark_jumps} without landmarks; set landmark_block"
             )
         parse_mixture(self.path)
 
@@ -242,11 +248,13 @@ def make_dataset(
             "weights": weights,
             "tokenizer": tokenizer.digest,
         }
-        | ({"landmark_block": cfg.landmark_block} if cfg.landmark_block else {}),
+        | ({"landmark_block": cfg.landmark_block} if cfg.landmark_block else {})
+        | ({"landmark_jumps": cfg.landmark_jumps} if cfg.landmark_jumps > 1 else {}),
     )
     if cfg.landmark_block:
         mark = landmark_token(cfg, tokenizer)
-        batches = LandmarkBatches(batches, cfg.landmark_block, mark, cfg.landmark_targets)
+        batches = LandmarkBatches(batches, cfg.landmark_block, mark, cfg.landmark_targets,
+                                  cfg.landmark_jumps, cfg.seed)  # fmt: skip
     return ReadAhead(batches, cfg.prefetch) if cfg.prefetch else batches
 
 
@@ -261,8 +269,8 @@ def eval_batches(
     """One pass over the documents of `cfg.split`, in order, as batches of the same layout.
 
     The last batch is filled up with padding of weight 0. Mixture components follow one another;
-    weights, seed and shuffle do not apply. Every process tokenizes everything and keeps its rows,
-    so all processes see the same number of batches.
+    weights, seed, shuffle and jumps of positions do not apply. Every process tokenizes everything
+    and keeps its rows, so all processes see the same number of batches.
 
     Args:
       limit: at most this many batches; None: all.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from jaxheads.attention.host_memory import HostBlocks, host_blocks, is_host_blocks
 from jaxheads.models.architectures import OwnState, own_state
 from jaxheads.models.configs import ModelConfig
 from jaxheads.parallel import constrain
@@ -75,8 +77,17 @@ def init_cache(cfg: ModelConfig, batch_size: int, num_slots: int, dtype=jnp.floa
         if kind is None:
             return None
         one = kind.init(cfg, batch_size, num_slots, dtype, kind.options)
-        many = jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *a.shape)), one)
-        return jax.tree.map(constrain, many, _stacked_axes(kind, many))
+
+        def repeat(a: Array | HostBlocks) -> Array | HostBlocks:
+            if isinstance(a, HostBlocks):
+                return host_blocks(a.array.shape[1:], a.array.dtype, count)
+            return jnp.broadcast_to(a, (count, *a.shape))
+
+        def place(a: Array | HostBlocks, axes: tuple[str | None, ...]) -> Array | HostBlocks:
+            return a if isinstance(a, HostBlocks) else constrain(a, axes)
+
+        many = jax.tree.map(repeat, one, is_leaf=is_host_blocks)
+        return jax.tree.map(place, many, _stacked_axes(kind, many), is_leaf=is_host_blocks)
 
     num_rows = sum(n for kind, n in zip(kinds, repeats) if kind is None)
     shape = (num_rows, batch_size, num_slots, cfg.num_kv_heads, cfg.head_dim)
@@ -90,7 +101,9 @@ def _stacked_axes(kind: OwnState, states: PyTree) -> PyTree:
     """The logical axes of every array of stacked states."""
     if kind.axes is None:
         return jax.tree.map(lambda a: ("layers", "batch", *(None,) * (a.ndim - 2)), states)
-    return jax.tree.map(lambda _, axes: ("layers", *axes), states, kind.axes)
+    return jax.tree.map(
+        lambda _, axes: ("layers", *axes), states, kind.axes, is_leaf=is_host_blocks
+    )
 
 
 def cache_shape(
@@ -101,14 +114,19 @@ def cache_shape(
     if mesh is None:
         return shapes
 
-    def placed(leaf: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+    def placed(leaf: Any, axes: tuple[str | None, ...], memory: str | None = None) -> Any:
+        if isinstance(leaf, HostBlocks):
+            return HostBlocks(placed(leaf.array, axes, "pinned_host"))
         with jax.set_mesh(mesh):
             spec = constrained_spec(axes, leaf.shape)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+        sharding = NamedSharding(mesh, spec, memory_kind=memory)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     kinds = [own_state(cfg, spec) for spec in cfg.pattern]
     states = tuple(
-        None if kind is None else jax.tree.map(placed, state, _stacked_axes(kind, state))
+        None
+        if kind is None
+        else jax.tree.map(placed, state, _stacked_axes(kind, state), is_leaf=is_host_blocks)
         for kind, state in zip(kinds, shapes.states)
     )
     kv = placed(shapes.k, CACHE_AXES)

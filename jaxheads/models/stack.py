@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxheads.attention.contract import is_count
+from jaxheads.attention.host_memory import HostBlocks, is_host_blocks
 from jaxheads.models.architectures import ARCHITECTURES, own_state
 from jaxheads.models.attend import Mixed
 from jaxheads.models.configs import LayerSpec, ModelConfig, parse_remat
@@ -39,8 +40,13 @@ class Held(NamedTuple):
         """What layer `layer`, at `place` of the pattern, keeps."""
         repeat = layer // len(cfg.pattern)
         if self.states[place] is not None:
-            index = lambda a: jax.lax.dynamic_index_in_dim(a, repeat, keepdims=False)
-            return jax.tree.map(index, self.states[place])
+
+            def part(a: Array | HostBlocks) -> Array | HostBlocks:
+                if isinstance(a, HostBlocks):
+                    return a.of_layer(repeat)
+                return jax.lax.dynamic_index_in_dim(a, repeat, keepdims=False)
+
+            return jax.tree.map(part, self.states[place], is_leaf=is_host_blocks)
         plain = [n for n, spec in enumerate(cfg.pattern) if own_state(cfg, spec) is None]
         return Rows(self.k, self.v, repeat * len(plain) + plain.index(place))
 
@@ -49,9 +55,14 @@ class Held(NamedTuple):
         if isinstance(new, Rows):
             return self._replace(k=new.k, v=new.v)
         repeat = layer // len(cfg.pattern)
-        put = lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b.astype(a.dtype), repeat, 0)
+
+        def put(a: Array | HostBlocks, b: Any) -> Array | HostBlocks:
+            if isinstance(a, HostBlocks):
+                return b.of_layer(None)
+            return jax.lax.dynamic_update_index_in_dim(a, b.astype(a.dtype), repeat, 0)
+
         states = list(self.states)
-        states[place] = jax.tree.map(put, states[place], new)
+        states[place] = jax.tree.map(put, states[place], new, is_leaf=is_host_blocks)
         return self._replace(states=tuple(states))
 
 

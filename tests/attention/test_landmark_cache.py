@@ -1,6 +1,7 @@
 """The landmark cache against loops over tokens, heads and blocks, and against the whole text."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,10 @@ from jaxheads.attention import (
     landmark_places,
     rotate,
 )
+from jaxheads.attention.host_memory import HostBlocks
 from jaxheads.attention.landmark_cache import (
     POLICIES,
+    LandmarkCache,
     attend_chunk,
     extend,
     init,
@@ -201,6 +204,70 @@ def test_extend_takes_chunks_and_leaves_padding_out(whole):
     assert cache.num_complete.tolist() == [11, 4] and cache.num_tail.tolist() == [1, 2]
 
 
+def test_blocks_in_host_memory_are_the_same_blocks(whole):
+    """Rows of different lengths, a ring that turns over, chunks of several sizes."""
+    qkv, _ = whole
+    valid = np.ones((B, T), bool)
+    valid[1, 23:] = False
+    fed = (*qkv, jnp.asarray(valid))
+    here, there = (init(B, 5, K, D, block_size=L, offload=far) for far in (False, True))
+    y, cache = run_all(here, *fed, policy=POLICIES[2])
+    z, far = run_all(there, *fed, policy=POLICIES[2])
+    np.testing.assert_allclose(z, y, atol=1e-6)
+    assert far.k.array.sharding.memory_kind == far.v.array.sharding.memory_kind == "pinned_host"
+    assert far.num_complete.tolist() == [11, 5] and far.num_blocks == 5
+    for held, same in ((far.k, cache.k), (far.v, cache.v)):
+        np.testing.assert_array_equal(np.asarray(held.array)[0].swapaxes(2, 3), same)
+    np.testing.assert_array_equal(far.landmarks, cache.k[:, :, -1])
+    with pytest.raises(ValueError, match="policy='max_over_heads' wants other blocks"):
+        run_all(there, *fed)
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_aot
+def test_a_tpu_holds_none_of_the_blocks_in_host_memory():
+    """In a program for two chips: they stay on the host, updated in place, never copied whole."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed")
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    mesh = jh.parallel.make_mesh("data:2,model:2", devices=devices, exact=True)
+    rows, blocks, heads, block, width, length = 2, 64, 4, 31, 128, 256
+    place = lambda shape, spec, dtype=jnp.bfloat16, memory=None: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=jax.NamedSharding(mesh, jax.P(*spec), memory_kind=memory)
+    )
+    token = lambda n, k: place((rows, n, k, width), ("data", None, "model"))
+    far = HostBlocks(
+        place((2, rows, blocks, heads, block + 1, width), (None, "data", None, "model"),
+              memory="pinned_host")
+    )  # fmt: skip
+    tail, count = token(block + 1, heads), place((rows,), ("data",), jnp.int32)
+    cache = LandmarkCache(far, far, tail, tail, count, count, token(blocks, heads))
+    inv_freq, _ = inverse_frequencies(RopeConfig(), width)
+    rotated = functools.partial(rotate, inv_freq=jnp.asarray(inv_freq), interleaved=False)
+
+    def run(cache, *qkv):
+        def layer(blocks, n):
+            mine = cache._replace(k=blocks[0].of_layer(n), v=blocks[1].of_layer(n))
+            y, new = extend(
+                mine, *qkv, rotated, top_k=2, policy=POLICIES[2], chunk=64, scale=width**-0.5
+            )
+            return (new.k.of_layer(None), new.v.of_layer(None)), y
+
+        return jax.lax.scan(layer, (cache.k, cache.v), jnp.arange(2))
+
+    with jax.set_mesh(mesh):
+        new = token(length, heads)
+        program = jax.jit(run, donate_argnums=0).lower(cache, token(length, 8), new, new).compile()
+    memory = program.memory_analysis()
+    held = 2 * 2 * 2 * rows * blocks * heads * (block + 1) * width // mesh.size  # bytes on a chip
+    assert memory.host_argument_size_in_bytes == memory.host_alias_size_in_bytes == held
+    assert memory.host_temp_size_in_bytes == 0
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < held
+    assert "HostExecute" not in program.as_text()  # copies from host to host would be
+
+
 @pytest.mark.slow
 def test_sharded_equals_single(whole):
     qkv, _ = whole
@@ -210,8 +277,14 @@ def test_sharded_equals_single(whole):
     placed = [jax.device_put(x, spec) for x in qkv]
     with jax.set_mesh(mesh):
         y, _ = run_all(init(B, 6, K, D, block_size=L), *placed, policy=POLICIES[0])
+        far, held = run_all(
+            init(B, 6, K, D, block_size=L, offload=True), *placed, policy=POLICIES[2]
+        )
     np.testing.assert_allclose(y, want, atol=1e-5)
     assert y.sharding.spec[2] == "model"
+    np.testing.assert_allclose(far, feed(qkv, [CHUNK] * 5, 6, 2, POLICIES[2])[0], atol=1e-5)
+    split = held.k.array.sharding
+    assert split.memory_kind == "pinned_host" and split.spec == jax.P(None, "data", None, "model")
 
 
 def test_positions_are_stingy():

@@ -57,6 +57,19 @@ def test_fused_equals_dense_in_packed_and_padded_rows(model, whole):
                            atol=1e-2)  # fmt: skip
 
 
+def test_positions_are_those_of_the_batch(model, whole):
+    """Jumps change what stands before and after them, and a common shift changes nothing."""
+    jumps = np.cumsum(np.where(TOKENS == MARK, [[5], [9]], 0), axis=1)
+    place = np.arange(LENGTH) + np.pad(jumps, ((0, 0), (1, 0)))[:, :-1]
+    run = lambda model, shift: forward(model, TOKENS, positions=jnp.asarray(place + shift)).logits
+    jumped = run(model, 0)
+    np.testing.assert_allclose(jumped[:, : BLOCK + 1], whole[:, : BLOCK + 1], atol=1e-4)
+    assert (np.abs(jumped - whole).max(axis=-1)[:, BLOCK + 2 :] > 1e-3).all()
+    np.testing.assert_allclose(run(model, 100), jumped, atol=1e-3)
+    np.testing.assert_allclose(run(with_config(model, attention=text(impl="dense")), 0), jumped,
+                               atol=1e-4)  # fmt: skip
+
+
 def test_a_cache_with_enough_blocks_is_exact(model, whole):
     """Also in pieces that end anywhere; a single read block is another function."""
     cache, got = init_cache(CONFIG, 2, LENGTH), []
@@ -68,6 +81,28 @@ def test_a_cache_with_enough_blocks_is_exact(model, whole):
     logits = forward(few, TOKENS, cache=init_cache(few.cfg, 2, LENGTH)).logits
     np.testing.assert_allclose(logits[:, :8], whole[:, :8], atol=1e-4)
     assert not np.allclose(logits[:, 16:], whole[:, 16:], atol=1e-3)
+
+
+def test_a_cache_in_host_memory_reads_the_same(model):
+    """Two layers share its arrays."""
+    logits = []
+    for more in ({}, {"offload": "true"}):
+        few = with_config(model, attention=text(policy="max_over_tokens", top_k=1, **more))
+        out = forward(few, TOKENS, cache=init_cache(few.cfg, 2, LENGTH))
+        logits.append(out.logits)
+        kinds = {x.sharding.memory_kind for x in jax.tree.leaves(out.cache)}
+    np.testing.assert_allclose(*logits, atol=1e-5)
+    assert kinds == {"device", "pinned_host"}
+
+
+@pytest.mark.slow
+def test_a_cache_in_host_memory_generates_the_same(model):
+    prompts = [TOKENS[0, :13].tolist(), TOKENS[1, :9].tolist()]
+    run = lambda **more: jh.generate(
+        with_config(model, attention=text(policy="max_over_tokens", top_k=1, **more)), prompts,
+        max_new_tokens=6, forward=place_landmarks(forward, MARK, BLOCK),
+    )  # fmt: skip
+    np.testing.assert_array_equal(run(offload="true"), run())
 
 
 def test_generation_goes_on_with_landmarks(model):
@@ -120,8 +155,6 @@ def test_models_it_cannot_serve(fields, message):
 
 
 def test_what_it_refuses(model):
-    with pytest.raises(NotImplementedError, match="in host memory is not implemented"):
-        ModelConfig(attention=text(offload="true", policy="max_over_tokens"))
     with pytest.raises(NotImplementedError, match="cannot honour a soft cap"):
         forward(with_config(model, attn_soft_cap=5.0), TOKENS)
     with pytest.raises(NotImplementedError, match="implementation='blocked'"):

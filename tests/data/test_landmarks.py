@@ -65,6 +65,46 @@ def test_evaluation_counts_the_text_alone(corpus):
         assert (batch["weights"][is_target] == 0).all() and is_target.any()
 
 
+def jumped_by_hand(batch, seed, step, rows, num_jumps):
+    """[b,28] positions: a count that starts at each document and jumps after each landmark."""
+    positions = np.zeros((len(rows), 28), int)
+    for n, row in enumerate(rows):
+        drawn = iter(np.random.default_rng((seed, step, row)).integers(num_jumps, size=5))
+        at = 0
+        for t in range(28):
+            ids = batch["segment_ids"][n]
+            at = 0 if t == 0 or ids[t] != ids[t - 1] else at
+            positions[n, t] = at
+            at += 1 + (next(drawn) if t % (BLOCK + 1) == BLOCK else 0)
+    return positions * (batch["segment_ids"] != 0)
+
+
+def test_positions_jump_after_landmarks(corpus):
+    """Rows of every process and after a restart draw alike; evaluation never jumps."""
+    fields = dict(landmark_block=BLOCK, batch_size=4, seed=3)
+    jumping, still = config(corpus, landmark_jumps=50, **fields), config(corpus, **fields)
+    left, right, half = make_dataset(jumping), make_dataset(still), None
+    whole = []
+    for step in range(3):
+        half = left.get_state() if step == 2 else half
+        batch, other = next(left), next(right)
+        whole.append(batch)
+        for name in ("tokens", "targets", "segment_ids", "weights"):
+            np.testing.assert_array_equal(batch[name], other[name])
+        want = jumped_by_hand(batch, 3, step, range(4), 50)
+        np.testing.assert_array_equal(batch["positions"], want)
+        assert batch["positions"].max() > 60
+    lower = make_dataset(jumping, process_index=1, process_count=2)
+    np.testing.assert_array_equal(next(lower)["positions"], whole[0]["positions"][2:])
+    again = make_dataset(jumping)
+    again.set_state(half)
+    np.testing.assert_array_equal(next(again)["positions"], whole[2]["positions"])
+    for one, other in zip(eval_batches(jumping, 2), eval_batches(still, 2), strict=True):
+        np.testing.assert_array_equal(one["positions"], other["positions"])
+    with pytest.raises(ValueError, match="landmark_jumps was 50, is None"):
+        make_dataset(still).set_state(half)
+
+
 def test_landmarks_of_model_and_data_fit(corpus):
     fields = dict(vocab_size=MARK + 1, attention=f"landmark(block={BLOCK})")
     run = lambda **data: RunConfig(model=ModelConfig(**fields), data=config(corpus, **data))
@@ -81,6 +121,8 @@ def test_bad_settings(corpus):
         config(corpus, seq_len=29, landmark_block=BLOCK)
     with pytest.raises(ValueError, match="landmark_block=-1 must be at least 0"):
         config(corpus, landmark_block=-1)
+    with pytest.raises(ValueError, match="landmark_jumps=8 without landmarks"):
+        config(corpus, landmark_jumps=8)
     batch = next(make_dataset(config(corpus)))
     with pytest.raises(ValueError, match="the text holds landmark_id=97"):
         add_landmarks(batch, BLOCK, ord("a"))

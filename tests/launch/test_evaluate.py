@@ -1,5 +1,6 @@
 """`python -m launch.evaluate` from the command line, and its parts."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -59,6 +60,26 @@ def test_text_and_tasks_with_and_without_heads(model_dir, tmp_path):
     assert [(d["run"], d["example"]) for d in details] == [
         ("baseline", 0), ("baseline", 1), ("scale", 0), ("scale", 1)
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_named_task_with_landmarks(tmp_path):
+    tokenizer = Tokenizer.load("lab")
+    size = tokenizer.vocab_size
+    cfg = dataclasses.replace(CFG, vocab_size=size + 1, attention="landmark(block=7,force=true)")
+    huggingface.save(tiny_model(cfg, scale=0.02), tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    done = launch(
+        f"--model={tmp_path / 'model'}", "--tasks=ioi", "--limit=2", "--batch_size=2",
+        f"--workdir={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "examples.jsonl").read_text().splitlines()]
+    asked = generate("ioi", tokenizer, 2, split="heldout")
+    for line, pair in zip(lines, asked, strict=True):
+        assert line["prompt"] == pair.clean and line["num_tokens"][0] == 1
+        # Nothing is learned: all tokens of the text are as likely.
+        assert line["log_probs"][0] == pytest.approx(-np.log(size), rel=0.02)
 
 
 @pytest.mark.parametrize(

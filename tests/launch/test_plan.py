@@ -379,6 +379,26 @@ def test_tpu_plans(topology, mesh, job):
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.tpu_aot
+def test_a_cache_in_host_memory_is_not_the_devices():
+    held, length = [], 4096
+    for offload in ("false", "true"):
+        attention = f"landmark(block=63,policy=max_over_tokens,offload={offload})"
+        model = dataclasses.replace(SMALL, head_dim=128, attention=attention)
+        asked = request(model=model, topology="v5e:2x2", mesh="data:2,model:2", job="decode",
+                        batch_size=8, seq_len=length)  # fmt: skip
+        held.append(plan(asked).memory)
+    blocks = -(-(length + 3) // 64)  # for the prompt and all new tokens but the last
+    heads, one = SMALL.num_heads, 2 * SMALL.num_layers * 64 * 128 * 4  # keys, values, float32
+    cache = 8 * blocks * heads * one // 4  # of one chip
+    near, far = held
+    assert (near.host, far.host) == (0, cache)
+    assert near.peak > cache and far.peak < cache / 2  # not even the keys would fit
+    assert near.arguments - far.arguments == pytest.approx(cache, rel=0.05)  # landmarks stay
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.tpu_aot
 def test_a_tpu_that_is_too_small_gets_changes_that_fit(capsys):
     model = dataclasses.replace(LLAMA, vocab_size=1_100_000, num_layers=1)  # 2.3B parameters
     asked = request(model=model, topology="v5e:1x1", mesh="", batch_size=2, seq_len=1024)
