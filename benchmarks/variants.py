@@ -10,7 +10,7 @@ vectors as there are heads): no row of a decoder, so that they do less, or see m
 
 On the CPU the variants take turns with dense attention in one run, so that a busy machine slows all
 alike; seconds are medians, the ratio is of processor seconds, float32. With --tpu each variant is
-compiled for one chip in bfloat16, forward with gradients. Cycles are the compiler's; loops whose
+compiled for one chip in bfloat16, forward with gradients (LongHeads, which is not trained, without). Cycles are the compiler's; loops whose
 length it does not know count so often that the program's FLOPs are those of the variant's own
 formula (times 3.5 with gradients), and Pallas kernels count at half of the chip's peak. A variant
 whose memory would exceed --limit_gb is left out with the reason. A new row of the table shows up by
@@ -46,6 +46,7 @@ NUM_AGENTS = 49
 HEADS, HEAD_DIM = {"cpu": 2, "tpu": 8}, {"cpu": 64, "tpu": 128}
 TPU, TPU_LENGTHS = "v5e", (32768, 131072)
 WITH_GRADS = 3.5  # FLOPs of forward and backward over those of forward
+UNTRAINED = ("longheads",)  # compiled for a TPU without gradients: nobody trains with it
 
 
 def contender(name: str, kind: str, length: int) -> tuple[Callable, tuple[Any, ...], float]:
@@ -168,7 +169,7 @@ def measure_cpu(names: list[str], length: int, reps: int, limit: float) -> dict[
 
 
 def measure_tpu(name: str, length: int) -> dict[str, Any]:
-    """Bytes and estimated cycles of forward and backward on one chip."""
+    """Bytes and estimated cycles of forward, and backward where there is one, on one chip."""
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
@@ -185,14 +186,15 @@ def measure_tpu(name: str, length: int) -> dict[str, Any]:
         x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, jax.P())
     )
     loss = lambda *a: run(*a).astype(jnp.float32).sum()
+    program = run if name in UNTRAINED else jax.grad(loss, argnums=(1, 2, 3))
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        lowered = jax.jit(jax.grad(loss, argnums=(1, 2, 3))).lower(*jax.tree.map(place, shapes))
+        lowered = jax.jit(program).lower(*jax.tree.map(place, shapes))
         compiled, text = compile_with_text(lowered)
     memory = compiled.memory_analysis()
     once, twice = (analyze(text, unknown_trips=n) for n in (1, 2))
     kernels = sum(k.count * (k.flops or 0.0) * k.visited_share for k in once.kernels)
-    wanted = WITH_GRADS * flops
+    wanted = flops if name in UNTRAINED else WITH_GRADS * flops
     trips = 1.0
     if twice.flops > once.flops:
         trips = max(1.0, 1 + (wanted - kernels - once.flops) / (twice.flops - once.flops))
