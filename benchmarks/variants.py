@@ -10,7 +10,7 @@ vectors as there are heads): no row of a decoder, so that they do less, or see m
 
 On the CPU the variants take turns with dense attention in one run, so that a busy machine slows all
 alike; seconds are medians, the ratio is of processor seconds, float32. With --tpu each variant is
-compiled for one chip in bfloat16, forward with gradients (LongHeads, which is not trained, without).
+compiled for one chip in bfloat16, forward with gradients (without, LongHeads: it is not trained).
 Cycles are the compiler's; loops whose length it does not know count so often that the program's
 FLOPs are those of the variant's own formula (times 3.5 with gradients), and Pallas kernels count at
 half of the chip's peak. A variant whose memory would exceed --limit_gb is left out with the reason.
