@@ -25,7 +25,7 @@ and there are no tasks. `launch.train` tunes a checkpoint that needs several dev
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -39,9 +39,11 @@ from experiments import common
 from experiments.lab import OPTIONS
 from experiments.retrieval_heads import names_of
 from jaxheads.data import DataConfig, Tokenizer, make_dataset
+from jaxheads.data.pipeline import parse_mixture
 from jaxheads.data.tasks import TASKS, TaskPair, encode_pairs, generate
+from jaxheads.data.tasks.lab import MIXTURES
 from jaxheads.interventions import scale_heads, to_moh
-from jaxheads.models import Decoder, forward
+from jaxheads.models import Decoder, ModelConfig, forward
 from jaxheads.taps import record
 from jaxheads.training.configs import TrainConfig
 from jaxheads.training.loss import next_token_loss
@@ -51,7 +53,7 @@ from launch import flags
 ARMS = ("dense", "moh-75", "static-75")
 LAB_TEXT = "lab=0.7,lab-colors=0.3"
 """What the lab models were trained on last."""
-LENGTH, BATCH, PERMUTATIONS = 256, 4, 999
+LENGTH, BATCH, COUNT, PERMUTATIONS = 256, 4, 100, 999
 SETTINGS = TrainConfig(aux_weight=0.01)
 Rows = Mapping[str, Array]
 """Packed rows [N,T]: tokens, targets, segment_ids, positions, weights."""
@@ -95,8 +97,12 @@ def questions_of(pairs: Sequence[TaskPair], tokenizer: Tokenizer, vocab_size: in
 def lab_questions(tokenizer: Tokenizer, vocab_size: int, count: int) -> dict[str, Questions]:
     """task -> questions whose content no training document has; needles with codes of one word."""
     options = {**OPTIONS, "needle": {"needles": 3, "code_words": 1}}
-    of = lambda task: generate(task, tokenizer, count, split="heldout", **options.get(task, {}))
-    return {task: questions_of(of(task), tokenizer, vocab_size) for task in TASKS}
+    found = {}
+    for task in TASKS:
+        wanted = min(count, 60) if task in ("facts", "successors") else count  # there are no more
+        pairs = generate(task, tokenizer, wanted, split="heldout", **options.get(task, {}))
+        found[task] = questions_of(pairs, tokenizer, vocab_size)
+    return found
 
 
 def rows_of(path: str, tokenizer: Tokenizer, split: str, count: int, length: int) -> Rows:
@@ -236,7 +242,7 @@ def table_of(results: Mapping[str, Any]) -> list[common.Row]:
         {"accuracy": "mean", **{f"{arm}, {when}": float(np.mean(found[when]))
                                 for arm, found in results.items() for when in ("before", "after")}}
     ]  # fmt: skip
-    for task in results[ARMS[0]].get("tasks after", {}):
+    for task in results[ARMS[0]]["tasks after"]:
         rows.append(
             {"accuracy": task, **{f"{arm}, {when}": float(np.mean(found[f"tasks {when}"][task]))
                                   for arm, found in results.items()
@@ -245,46 +251,74 @@ def table_of(results: Mapping[str, Any]) -> list[common.Row]:
     return rows
 
 
+class Material(NamedTuple):
+    """What models are tuned and measured on."""
+
+    learn: Callable[[Array], Rows]
+    """key -> rows to train on"""
+    read: Callable[[Array], Rows] | None
+    """key -> held-out rows; None where there are questions."""
+    asked: Mapping[str, Questions]
+    """task -> held-out questions"""
+
+
+def material(path: str | None, tokenizer: Tokenizer, cfg: ModelConfig, steps: int, count: int):
+    """Text of `path` and `count` questions of each task, or held-out text if it asks none."""
+    speaks_lab = tokenizer.digest == Tokenizer.load("lab").digest
+    path = path or (LAB_TEXT if speaks_lab else "stdlib")
+    is_lab = speaks_lab and all(set(paths) <= set(MIXTURES) for paths, _ in parse_mixture(path))
+    rows = partial(rows_of, path, tokenizer, length=min(LENGTH, cfg.max_positions))
+    learn = partial(draw_rows, rows=rows(split="train", count=BATCH * max(steps, 4)))
+    if is_lab:
+        return Material(learn, None, lab_questions(tokenizer, cfg.vocab_size, count))
+    return Material(learn, partial(draw_rows, rows=rows(split="validation", count=64)), {})
+
+
+class Measured(NamedTuple):
+    """Accuracies of N models."""
+
+    accuracy: list[float]
+    """[N]; the mean over tasks where there are some."""
+    by_task: dict[str, list[float]]
+    answers: dict[str, list[Answers]]
+
+
+def measure(params: Params, given: Material, seeds: Sequence[int]) -> Measured:
+    """How well models that lead `params` answer questions, or else predict text."""
+    if given.read is not None:
+        found = common.evaluate(text_accuracy, params, given.read, seeds=seeds, num_batches=32,
+                                over_seeds="map")  # fmt: skip
+        return Measured(found.tolist(), {}, {})
+    answers = quiz(params, given.asked)
+    right = {task: [float(a.right.mean()) for a in each] for task, each in answers.items()}
+    return Measured(np.mean(list(right.values()), axis=0).tolist(), right, answers)
+
+
 def convert(options: common.Options, source: str, path: str | None) -> int:
     """Converts the models of `source` and tunes them, beside two controls."""
-    given = absl_flags.FLAGS
-    steps = 2 if options.quick else given.tune_steps
-    names = names_of(source, options.seeds)
+    flag, seeds = absl_flags.FLAGS, options.seeds
+    steps = 2 if options.quick else flag.tune_steps
+    names = names_of(source, seeds)
     loaded = {name: jh.load(name) for name in dict.fromkeys(names)}
     tokenizer, models = Tokenizer.load(names[0]), [loaded[name] for name in names]
+    if not isinstance(models[0], Decoder):
+        raise ValueError(f"--from={source} holds a {type(models[0]).__name__}, needed a decoder.")
     cfg = models[0].cfg
-    speaks_lab = tokenizer.digest == Tokenizer.load("lab").digest
-    is_lab = speaks_lab and (path is None or path.startswith("lab"))
-    length = min(LENGTH, cfg.max_positions)
-    rows = partial(rows_of, path or (LAB_TEXT if is_lab else "stdlib"), tokenizer, length=length)
-    learn = partial(draw_rows, rows=rows(split="train", count=BATCH * max(steps, 4)))
-    asked = lab_questions(tokenizer, cfg.vocab_size, 4 if options.quick else 60) if is_lab else {}
-    read = None if asked else partial(draw_rows, rows=rows(split="validation", count=64))
-
-    def measure(params: Params) -> tuple[dict[str, Any], dict[str, list[Answers]]]:
-        if read is not None:
-            found = common.evaluate(text_accuracy, params, read, seeds=options.seeds,
-                                    num_batches=32, over_seeds="map")  # fmt: skip
-            return {"": found.tolist()}, {}
-        answers = quiz(params, asked)
-        right = {task: [float(a.right.mean()) for a in each] for task, each in answers.items()}
-        return {"": np.mean(list(right.values()), axis=0).tolist(), "tasks": right}, answers
-
+    given = material(path, tokenizer, cfg, steps, 4 if options.quick else COUNT)
+    num_shared, top_k = cfg.num_heads // 2, cfg.num_heads // 4
     results: dict[str, Any] = {}
     loads = None
-    num_shared, top_k = cfg.num_heads // 2, cfg.num_heads // 4
-    for arm, start in starts(models, num_shared, top_k, options.seeds).items():
-        before, _ = measure(start)
-        fitted = common.fit(loss, _no_start, learn, steps=steps, seeds=options.seeds, lr=given.lr,
+    for arm, start in starts(models, num_shared, top_k, seeds).items():
+        before = measure(start, given, seeds)
+        fitted = common.fit(loss, _no_start, given.learn, steps=steps, seeds=seeds, lr=flag.lr,
                             start=start, over_seeds="map")  # fmt: skip
-        after, answers = measure(fitted.params)
-        results[arm] = {"before": before.pop(""), "after": after.pop("")}
-        print(arm, results[arm], flush=True)
-        results[arm] |= {f"{k} before": v for k, v in before.items()}
-        results[arm] |= {f"{k} after": v for k, v in after.items()}
-        if answers and arm == "moh-75":
-            loads = task_loads(answers, num_shared)
-            print("loads by task", {k: loads[k] for k in ("explained", "p")}, flush=True)
+        after = measure(fitted.params, given, seeds)
+        results[arm] = {"before": before.accuracy, "after": after.accuracy,
+                        "tasks before": before.by_task, "tasks after": after.by_task}  # fmt: skip
+        print(f"{arm}: accuracy {before.accuracy} before, {after.accuracy} after", flush=True)
+        if arm == "moh-75" and after.answers:
+            loads = task_loads(after.answers, num_shared)
+            print(f"tasks explain {loads['explained']} of the loads, p {loads['p']}", flush=True)
     claims = claims_of(results, loads)
     if options.quick:
         claims = [common.at_least("it runs", 1.0, 1.0)]

@@ -50,8 +50,9 @@ Batch = tuple[Array, Array, Array]
 
 def config(name: str, data: ImageData) -> ViTConfig:
     """The model called `name` in `MODELS`."""
-    sizes = dict(num_layers=LAYERS, model_dim=64, num_heads=NUM_SHARED + ROUTED, mlp_dim=128)
-    return for_data(ViTConfig(attention=MODELS[name], **sizes), data)
+    cfg = ViTConfig(attention=MODELS[name], num_layers=LAYERS, model_dim=64,
+                    num_heads=NUM_SHARED + ROUTED, mlp_dim=128)  # fmt: skip
+    return for_data(cfg, data)
 
 
 def placed(images: Images) -> tuple[Array, Array]:
