@@ -346,7 +346,7 @@ def define_tuning_flags(source: str | None) -> None:
     """Defines the flags of `convert` but --data; `source` is the default of --from."""
     absl_flags.DEFINE_string("from", source, "Dense models to convert: lab, or a checkpoint.")
     absl_flags.DEFINE_integer("tune_steps", 150, "Updates after a conversion.")
-    absl_flags.DEFINE_float("lr", 1e-3, "Peak learning rate after a conversion.")
+    absl_flags.DEFINE_float("lr", 5e-4, "Peak learning rate after a conversion.")
 
 
 def define_flags() -> None:
