@@ -15,20 +15,15 @@ Claimed: moh-75 loses at most 0.02 nats to mha and gains 0.02 over random routin
 keeps the busiest head under twice the mean load; shared heads help; heads differ more than in mha.
 
     python -m experiments.moh                     # about eight minutes on one idle core
+    python -m experiments.moh --from=lab          # experiments.moh_lab: dense models converted
     python -m experiments.moh --from=path/to/checkpoint --data=path/to/text
 
-The second form converts a dense checkpoint (routers from the norms of the queries, half of the
-heads shared, 75 % active) and tunes it on --data, beside the dense model and one with 25 % of its
-heads removed at random. At scale `launch.train` does the same to Llama 3 8B:
-
-    python -m launch.train --model=DIR --mesh=data:32,model:4 --data=... \\
-        --set model.attention="moh(router=query_norm,num_shared=16,top_k=8)"
+`experiments.moh_vit` trains vision transformers.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,11 +32,8 @@ import numpy as np
 from absl import flags as absl_flags
 from flax import nnx
 
-from experiments import common
-from jaxheads import checkpoints
+from experiments import common, moh_lab
 from jaxheads.data.text import open_source
-from jaxheads.data.tokenizer import Tokenizer
-from jaxheads.interventions import scale_heads, to_moh
 from jaxheads.models import Decoder, ModelConfig, forward
 from jaxheads.taps import Edit, TapContext, intervene, record
 from jaxheads.typing import Array
@@ -182,7 +174,7 @@ def claims_of(results: dict[str, Any]) -> list[common.Claim]:
 def from_scratch(options: common.Options) -> int:
     """Trains the models of `MODELS`."""
     steps = 2 if options.quick else absl_flags.FLAGS.steps
-    pair = texts(absl_flags.FLAGS.data, 100_000 if options.quick else 2_000_000)
+    pair = texts(absl_flags.FLAGS.data or "stdlib", 100_000 if options.quick else 2_000_000)
     data = tuple(jnp.asarray(np.frombuffer(t.encode(), np.uint8)) for t in pair)
     results: dict[str, Any] = {}
     for name in ("mha", "moh-75") if options.quick else MODELS:
@@ -200,81 +192,19 @@ def from_scratch(options: common.Options) -> int:
     )
 
 
-def next_token_accuracy(fwd, model: Decoder, batch: Batch) -> Array:
-    """Share of next tokens that are the most likely ones."""
-    rows = batch[0]
-    return jnp.mean(jnp.argmax(fwd(model, rows[:, :-1]).logits, -1) == rows[:, 1:])
-
-
-def convert(options: common.Options) -> int:
-    """Converts the checkpoint of --from and tunes it, beside two controls."""
-    directory = Path(absl_flags.FLAGS["from"].value)
-    steps = 2 if options.quick else absl_flags.FLAGS.tune_steps
-    dense, tokenizer = checkpoints.load(directory), Tokenizer.load(directory)
-    pair = texts(absl_flags.FLAGS.data, 20_000 if options.quick else 1_000_000)
-    learn, read = (partial(batch_of, data=jnp.asarray(tokenizer.encode(t))) for t in pair)
-    heads = dense.cfg.num_heads
-    mixture = to_moh(dense, heads // 2, heads // 4)
-    share = (dense.cfg.num_layers, heads)
-
-    def kept_heads(key: Array) -> Array:
-        order = jnp.argsort(jax.random.uniform(key, share), axis=-1)
-        return (order >= heads // 4).astype(jnp.float32)
-
-    def static(gates: Array):
-        return scale_heads(forward, jax.lax.stop_gradient(gates))
-
-    starts = {
-        "dense": lambda key: (dense, jnp.ones(share)),
-        "moh-75": lambda key: (mixture, jnp.ones(share)),
-        "static-75": lambda key: (dense, kept_heads(key)),
-    }
-    accuracy = lambda params, batch: next_token_accuracy(static(params[1]), params[0], batch)
-
-    def objective(params, batch: Batch) -> Array:
-        out = static(params[1])(params[0], batch[0][:, :-1])
-        balance = out.aux.get("moh_balance", jnp.float32(0))
-        return cross_entropy(out.logits, batch[0]) + BETA * balance
-
-    rows, result = [], {}
-    for name, begin in starts.items():
-        keys = jax.vmap(jax.random.key)(jnp.asarray(options.seeds, jnp.uint32))
-        measure = partial(common.evaluate, accuracy, batches_fn=read, seeds=options.seeds,
-                          num_batches=32)  # fmt: skip
-        before = measure(params=jax.vmap(lambda k, f=begin: f(jax.random.fold_in(k, 0)))(keys))
-        fitted = common.fit(objective, begin, learn, steps=steps, seeds=options.seeds, lr=3e-4)
-        result[name] = {"before": before.tolist(), "after": measure(params=fitted.params).tolist()}
-        rows.append(
-            {"model": name, **{when: float(np.mean(a)) for when, a in result[name].items()}}
-        )
-        print(name, result[name], flush=True)
-    mean = lambda name, when: float(np.mean(result[name][when]))
-    claims = [
-        common.at_most("accuracy right after conversion minus dense",
-                       mean("moh-75", "before") - mean("dense", "before"), 0.0),
-        common.at_least("accuracy after tuning over that of the dense model tuned alike",
-                        mean("moh-75", "after") / mean("dense", "after"), 0.95),
-        common.at_least("accuracy minus that with static heads, tuned alike",
-                        mean("moh-75", "after") - mean("static-75", "after"), 0.0),
-    ]  # fmt: skip
-    return common.finish(
-        claims, options.workdir, table=rows, data={"models": result, "steps": steps}
-    )
-
-
 def define_flags() -> None:
     """Defines the flags of this script."""
     common.define_flags("moh")
-    absl_flags.DEFINE_string("data", "stdlib", "Text: files, a directory, or stdlib.")
-    absl_flags.DEFINE_string("from", None, "A dense checkpoint to convert and tune.")
+    absl_flags.DEFINE_string("data", None, "Text: files, a directory, or stdlib (the default).")
     absl_flags.DEFINE_integer("steps", 400, "Updates of each model trained from scratch.")
-    absl_flags.DEFINE_integer("tune_steps", 300, "Updates after a conversion.")
+    moh_lab.define_tuning_flags(None)
 
 
 def main() -> int:
-    """Trains from scratch, or converts the checkpoint of --from."""
-    options = common.options()
-    return convert(options) if absl_flags.FLAGS["from"].value else from_scratch(options)
+    """Trains from scratch, or converts what --from names."""
+    options, given = common.options(), absl_flags.FLAGS
+    source = given["from"].value
+    return moh_lab.convert(options, source, given.data) if source else from_scratch(options)
 
 
 if __name__ == "__main__":

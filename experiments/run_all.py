@@ -45,6 +45,8 @@ PAPERS: Mapping[str, str] = {
     "longheads": "LongHeads, arXiv:2402.10685",
     "mixers": "Distributed multi-head attention, arXiv:2302.06218",
     "moh": "MoH, arXiv:2410.11842",
+    "moh_lab": "MoH, arXiv:2410.11842",
+    "moh_vit": "MoH, arXiv:2410.11842",
     "ph3": "PH3, arXiv:2402.18154",
     "rcmha": "RCMHA, arXiv:2308.03429",
     "recall_mechanisms": "Mechanisms of factual recall, arXiv:2310.15910",

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxheads.attention.contract import is_count
 from jaxheads.models.decoder import Output, compute_dtype
 from jaxheads.models.layers import (
     MLP,
@@ -146,7 +147,8 @@ def forward(model: ViT, images: ArrayLike, *, taps: Taps = NO_TAPS) -> Output:
         distillation token and the patches before positions are added; `pos_embed` [T,M];
         `logits` [B,R,V] are those of the R classifiers (2 with `teacher_head`) before their mean.
     Returns:
-      `Output` with logits [B,V] float32, the mean over classifiers, and hidden [B,T,M].
+      `Output` with logits [B,V] float32, the mean over classifiers, hidden [B,T,M], and `aux`
+      where the attention has losses (``attention="moh"``).
     Raises:
       ValueError, TypeError: for images that do not fit the model, and taps it cannot honour.
     """
@@ -163,7 +165,7 @@ def _forward(model: ViT, images: Array, taps: Taps) -> Output:
     tap = Tap(taps.only(OUTER_SITES), TapContext(None, positions))
     x = tap("embed", embed_patches(model, images))
     x = x + tap("pos_embed", model.embed.positions[...].astype(x.dtype))
-    x, seen = _run_layers(model, constrain(x, RESIDUAL), taps.only(STACK_SITES), positions)
+    x, seen, aux = _run_layers(model, constrain(x, RESIDUAL), taps.only(STACK_SITES), positions)
     x = normalize(model.final_norm, tap("final_norm_in", x), cfg.block, tap, "final_norm")
     classifiers = [model.classifier]
     if model.teacher_classifier is not None:
@@ -171,7 +173,7 @@ def _forward(model: ViT, images: Array, taps: Taps) -> Output:
     logits = jnp.stack([_classify(c, x[:, i]) for i, c in enumerate(classifiers)], axis=1)
     logits = jnp.mean(tap("logits", logits), axis=1)
     seen = seen | tap.finish(f"the {cfg.family} vision transformer")
-    return Output(logits, None, seen, x)
+    return Output(logits, None, seen, x, aux)
 
 
 def embed_patches(model: ViT, images: Array) -> Array:
@@ -194,28 +196,31 @@ def embed_patches(model: ViT, images: Array) -> Array:
 
 def _run_layers(
     model: ViT, x: Array, taps: Taps, positions: Array
-) -> tuple[Array, dict[str, PyTree]]:
-    """The residual stream [B,T,M] after all layers, and what was recorded in them."""
+) -> tuple[Array, dict[str, PyTree], dict[str, Array]]:
+    """The residual stream [B,T,M] after all layers, what was recorded in them, and `Output.aux`."""
     cfg, block = model.cfg, model.cfg.block
-    attend = VISION_ATTENTIONS[cfg.mixer.name].attend
+    row = VISION_ATTENTIONS[cfg.mixer.name]
 
-    def layer(x: Array, inputs) -> tuple[Array, dict[str, PyTree]]:
+    def layer(x: Array, inputs) -> tuple[Array, tuple[dict[str, PyTree], dict[str, Array]]]:
         weights, payloads, index = inputs
         tap = Tap(taps.with_layer_payloads(payloads), TapContext(index, positions))
         x = tap("resid_pre", x)
         normed = normalize(weights.ln1, x, block, tap, "ln1")
-        x = tap("resid_mid", x + tap("attn_out", attend(weights.attention, normed, cfg, tap)))
+        mixed = row.attend(weights.attention, normed, cfg, tap)
+        y, aux = mixed if row.has_aux else (mixed, {})
+        x = tap("resid_mid", x + tap("attn_out", y))
         normed = normalize(weights.ln2, x, block, tap, "ln2")
         x = tap("resid_post", x + tap("mlp_out", apply_mlp(weights.mlp, normed, block, tap)))
-        return constrain(x, RESIDUAL), tap.finish(f"attention {cfg.mixer.name!r}")
+        return constrain(x, RESIDUAL), (tap.finish(f"attention {cfg.mixer.name!r}"), aux)
 
     indices = jnp.arange(cfg.num_layers, dtype=jnp.int32)
     step = rematerialize(layer, cfg.remat)
-    x, seen = jax.lax.scan(step, x, (model.layers, taps.layer_payloads(), indices))
+    x, (seen, aux) = jax.lax.scan(step, x, (model.layers, taps.layer_payloads(), indices))
     for item in taps.record:
         if item.layer is not None:
             seen[item.name] = jax.tree.map(lambda a, n=item.layer: a[n], seen[item.name])
-    return x, seen
+    total = lambda name, a: jnp.sum(a) if is_count(name) else jnp.mean(a)
+    return x, seen, {name: total(name, a) for name, a in aux.items()}
 
 
 def _classify(classifier: Classifier, x: Array) -> Array:

@@ -5,7 +5,7 @@ A row is a module that holds a layer's parameters and a pure function that appli
     class AgentAttention(Attention):                      # or any nnx.Module made of `layers.param`
         def __init__(self, cfg: ViTConfig, *, rngs): ...  # options: cfg.mixer.options
 
-    def attend(weights, x, cfg, tap) -> y                 # x [B,T,M], y [B,T,M]
+    def attend(weights, x, cfg, tap) -> y                 # x [B,T,M], y [B,T,M]; has_aux: y, aux
 
     VISION_ATTENTIONS["agent"] = VisionAttention(AgentAttention, attend, AgentOptions, SITES)
 
@@ -28,6 +28,7 @@ from jaxheads.models.agent_merged import MERGED_AGENT
 from jaxheads.models.layers import Attention
 from jaxheads.models.vit_configs import ViTConfig
 from jaxheads.models.vit_heads import HEAD_SITES, VisionAttention, merge_out, project_heads
+from jaxheads.models.vit_moh import MOH_HEADS
 from jaxheads.taps import Tap
 from jaxheads.typing import Array
 
@@ -70,6 +71,7 @@ VISION_ATTENTIONS: Mapping[str, VisionAttention] = {
     "agent": AGENT,
     "linear": LINEAR,
     "merged-agent": MERGED_AGENT,
+    "moh": MOH_HEADS,
     "softmax": VisionAttention(
         _softmax_module,
         softmax_attend,

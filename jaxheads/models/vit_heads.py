@@ -23,12 +23,15 @@ class VisionAttention(NamedTuple):
 
     module: Callable[..., Any]
     """(cfg: ViTConfig, *, rngs) -> the module that holds a layer's parameters."""
-    attend: Callable[[Any, Array, ViTConfig, Tap], Array]
+    attend: Callable[[Any, Array, ViTConfig, Tap], Any]
     """(module, x [B,T,M] the normed input, cfg, tap) -> [B,T,M], added to the residual stream."""
     options: type | None = None
     """A frozen dataclass with defaults: what parentheses after the name may set."""
     sites: frozenset[str] = HEAD_SITES
     """The tap sites it forms, of those of the part of a layer that mixes tokens."""
+    has_aux: bool = False
+    """Whether `attend` returns a pair: [B,T,M], and the layer's losses and counts by name
+    (`HeadsOut.aux`), which reach training as `Output.aux`."""
 
 
 def project_heads(

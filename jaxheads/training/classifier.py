@@ -33,6 +33,7 @@ from jaxheads.parallel.multihost import is_main_process
 from jaxheads.taps import TappedForward, as_tapped
 from jaxheads.training.configs import TrainConfig
 from jaxheads.training.feed import local_block
+from jaxheads.training.loss import auxiliary_loss
 from jaxheads.training.optimizers import learning_rate, make_optimizer
 from jaxheads.training.step import TrainState, global_norm, init_state, state_shardings
 from jaxheads.training.writers import RunWriter
@@ -57,6 +58,7 @@ class ClassifierTraining:
     weight_decay: float = 0.05  # not of norms, biases, class and distillation token
     grad_clip: float = 1.0  # largest global gradient norm; 0 = no clipping
     label_smoothing: float = 0.0  # share of the target spread evenly over all classes
+    aux_weight: float = 0.01  # weight of the attention's auxiliary losses
     seed: int = 0  # of the initial parameters and the order of images
     log_every: int = 20
     eval_every: int = 0  # steps between tests; 0 = only at the end
@@ -79,6 +81,7 @@ class ClassifierTraining:
             weight_decay=self.weight_decay,
             b2=0.999,
             grad_clip=self.grad_clip,
+            aux_weight=self.aux_weight,
             seed=self.seed,
             log_every=self.log_every,
         )
@@ -118,20 +121,26 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimiser step on {"image" [B,H,W,C], "label" [B]}; pure.
 
+        minimised: cross-entropy + aux_weight * aux      aux: the losses in `Output.aux`
+
     Returns:
-      (state, metrics): float32 scalars loss, accuracy, grad_norm (before clipping) and lr.
+      (state, metrics): float32 scalars loss (cross-entropy), accuracy, aux, grad_norm (before
+      clipping) and lr.
     """
 
     def objective(model: ViT):
-        logits = forward(model, batch["image"]).logits
-        correct = jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"], dtype=jnp.float32)
-        return classification_loss(logits, batch["label"], settings.label_smoothing), correct
+        out = forward(model, batch["image"])
+        correct = jnp.mean(jnp.argmax(out.logits, axis=-1) == batch["label"], dtype=jnp.float32)
+        loss = classification_loss(out.logits, batch["label"], settings.label_smoothing)
+        aux = auxiliary_loss(out.aux)
+        return loss + settings.aux_weight * aux, (loss, correct, aux)
 
-    (loss, accuracy), grads = jax.value_and_grad(objective, has_aux=True)(state.model)
+    (_, (loss, accuracy, aux)), grads = jax.value_and_grad(objective, has_aux=True)(state.model)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
     metrics = {
         "loss": loss,
         "accuracy": accuracy,
+        "aux": aux,
         "grad_norm": global_norm(grads),
         "lr": learning_rate(settings.optimization)(state.step),
     }

@@ -358,6 +358,12 @@ def check_entries(batch: Mapping[str, object]) -> None:
             raise ValueError(f"the batch has no {name!r}; it holds: {', '.join(batch)}.")
 
 
+def auxiliary_loss(aux: Mapping[str, Array]) -> Array:
+    """The sum of the losses in `Output.aux`, which also holds counts; 0 without any."""
+    losses = (value for name, value in aux.items() if not is_count(name))
+    return sum(losses, start=jnp.zeros((), jnp.float32))
+
+
 def loss_sums(
     forward: Callable, model: Decoder, batch: Batch, cfg: TrainConfig
 ) -> tuple[LossSums, Array]:
@@ -378,8 +384,7 @@ def loss_sums(
         positions=batch.get("positions"),
         segment_ids=batch.get("segment_ids"),
     )
-    losses = (value for name, value in out.aux.items() if not is_count(name))
-    aux = sum(losses, start=jnp.zeros((), jnp.float32))
+    aux = auxiliary_loss(out.aux)
     targets, weights = batch["targets"], batch.get("weights")
     if out.hidden is None or _edits_logits(forward):
         return cross_entropy(out.logits, targets, weights, z_loss=cfg.z_loss), aux
