@@ -13,7 +13,7 @@ many tokens as the other reads.
     B4  blocks for every token and head cost least loss, before blocks shared by heads or tokens
     B5  tokens read and FLOPs of a query do not grow with the text but by the scores of landmarks
 
-    python -m experiments.landmark --workdir=runs/landmark    # minutes on one idle core
+    python -m experiments.landmark --workdir=runs/landmark    # about 40 minutes on one idle core
 
 Mohtashami and Jaggi, 2023, arXiv:2305.16300 (PG-19 and arXiv math, blocks of 50, 512 tokens; LLaMA
 7B, tuned). For those: `python -m launch.train --data=pg19/ --seq_len=510 --mesh=data:32 --set
