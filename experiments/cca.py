@@ -42,6 +42,7 @@ from jaxheads.attention.cca_variant import init_state as init_cache_of
 from jaxheads.data import DataConfig, make_dataset
 from jaxheads.data.tasks import generate
 from jaxheads.evaluation import evaluate_text
+from jaxheads.heads import correlation
 from jaxheads.models import ModelConfig, with_config
 from jaxheads.training import TrainConfig, init_state, make_optimizer, make_train_step
 from launch import flags
@@ -206,12 +207,6 @@ def study(name: str, seed: int, tune: Tuning, run: common.Options) -> Study:
     return Study(before, after, found, keys_seen(unseen), by_group, key_norms(model, short))
 
 
-def rank_correlation(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
-    """Spearman's, without ties."""
-    ranks = [np.argsort(np.argsort(a)) for a in (x, y)]
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
 def shares() -> list[float]:
     """Operations of attention at each of GROUPS, of full attention's."""
     costs = [cca_costs(LENGTH, g, WINDOW) for g in GROUPS]
@@ -246,7 +241,9 @@ def claims_of(studies: Sequence[Study], costs: Mapping[str, float]) -> list[comm
     """The claims, over the models."""
     of = lambda what, arm: np.array([getattr(study, what)[arm] for study in studies])
     over = lambda a, b, what="tuned": of(what, a) - of(what, b)
-    spearman = [rank_correlation(shares(), [*one.by_group.values()]) for one in studies]
+    spearman = [
+        correlation(shares(), [*one.by_group.values()], method="spearman") for one in studies
+    ]
     claims = [
         common.at_least("B1: the swap raises the loss", over("cca", "full", "swapped"), 1e-3),
         common.at_most("B1: tuned, over full attention", over("cca", "full"), 0.05),

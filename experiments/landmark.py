@@ -35,13 +35,13 @@ from absl import flags as absl_flags
 
 import jaxheads as jh
 from experiments import common
-from experiments.cca import rank_correlation
 from experiments.lab import SEEDS
 from experiments.longheads import TRAINED, Texts, needle_texts
 from jaxheads.attention import RopeConfig, insert_landmarks, inverse_frequencies, rotate
 from jaxheads.attention.landmark_cache import POLICIES, attend_chunk, init, retrieve
 from jaxheads.data import DataConfig, eval_batches, make_dataset
 from jaxheads.evaluation import evaluate_text
+from jaxheads.heads import correlation
 from jaxheads.interventions import place_landmarks
 from jaxheads.models import ModelConfig, with_config
 from jaxheads.parallel.program import analyze
@@ -114,8 +114,7 @@ def tune(model: jh.Decoder, tokenizer: jh.Tokenizer, is_landmark: bool, steps: i
     batches = make_dataset(data_config(is_landmark, "train", seed), tokenizer=tokenizer)
     metrics: dict[str, Any] = {}
     for batch in itertools.islice(batches, steps):
-        arrays = {name: batch[name] for name in batch if name != "document_ids"}
-        state, metrics = step(state, arrays)
+        state, metrics = step(state, batch)
     print(f"landmarks {is_landmark}: loss {float(metrics['loss']):.3f}", flush=True)
     return state.model
 
@@ -263,7 +262,7 @@ def claims_of(studies: Sequence[Study], growth: float) -> list[common.Claim]:
     # The head is chosen at half the length, and judged at the whole one.
     hits = lambda s, n: s.asked["landmark"][n].hits.reshape(-1)
     best = [hits(s, far)[hits(s, far // 2).argmax()] for s in studies]
-    order = lambda losses: rank_correlation(np.array(list(losses)), np.array([*losses.values()]))
+    order = lambda losses: correlation([*losses], [*losses.values()], method="spearman")
     ours = np.array([s.by_policy[POLICIES[0]] for s in studies])
     cost = lambda policy: ours - np.array([s.by_policy[policy] for s in studies])
     return [

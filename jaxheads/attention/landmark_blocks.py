@@ -82,12 +82,8 @@ def take_apart(scores: Array, sees: Array, is_far: Array) -> Parts:
     """
     tokens, sees_token = scores[..., :-1], sees[..., :-1]
     far, near = sees_token & is_far[..., None], sees_token & ~is_far[..., None]
-    inside = tokens + penalty(far)
-    shift = jax.lax.stop_gradient(jnp.maximum(inside.max(-1, keepdims=True), FLOOR))
-    inner = jnp.exp(inside - shift)
-    inner = inner / nonzero(inner.sum(-1, keepdims=True))
     gates = scores[..., -1] + penalty(sees[..., -1] & is_far)
-    return Parts(inner, gates, tokens + penalty(near))
+    return Parts(_inner_softmax(tokens + penalty(far)), gates, tokens + penalty(near))
 
 
 def take_far(scores: Array, sees: Array | None) -> Parts:
@@ -98,10 +94,14 @@ def take_far(scores: Array, sees: Array | None) -> Parts:
       sees: broadcastable to scores; None: everything.
     """
     scores = scores if sees is None else scores + penalty(sees)
-    tokens = scores[..., :-1]
-    shift = jnp.maximum(tokens.max(-1, keepdims=True), FLOOR)
-    inner = jnp.exp(tokens - shift)
-    return Parts(inner / nonzero(inner.sum(-1, keepdims=True)), scores[..., -1], None)
+    return Parts(_inner_softmax(scores[..., :-1]), scores[..., -1], None)
+
+
+def _inner_softmax(tokens: Array) -> Array:
+    """Over the last axis; 0 where all is masked."""
+    shift = jax.lax.stop_gradient(jnp.maximum(tokens.max(-1, keepdims=True), FLOOR))
+    weights = jnp.exp(tokens - shift)
+    return weights / nonzero(weights.sum(-1, keepdims=True))
 
 
 class Regular(NamedTuple):
